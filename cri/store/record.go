@@ -59,6 +59,7 @@ type Container struct {
 
 	ImageID     string // config digest, "sha256:..."
 	ImageRef    string // repo digest where there is one, else ImageID
+	ImageName   string // tag or reference to show to people
 	LogPath     string // absolute, "" for none
 	User        *runtimeapi.ContainerUser
 	Resources   *runtimeapi.LinuxContainerResources // as last updated
@@ -91,8 +92,6 @@ type Exit struct {
 // State derives the CRI state from the recorded facts.
 func (c *Container) State() runtimeapi.ContainerState {
 	switch {
-	case c.Exit != nil && !c.Exit.Known:
-		return runtimeapi.ContainerState_CONTAINER_UNKNOWN
 	case c.Exit != nil:
 		return runtimeapi.ContainerState_CONTAINER_EXITED
 	case c.Started != nil:
@@ -127,6 +126,7 @@ type containerRecord struct {
 	Config     []byte   `json:"config"`
 	ImageID    string   `json:"imageID,omitempty"`
 	ImageRef   string   `json:"imageRef,omitempty"`
+	ImageName  string   `json:"imageName,omitempty"`
 	LogPath    string   `json:"logPath,omitempty"`
 	User       []byte   `json:"user,omitempty"`
 	Resources  []byte   `json:"resources,omitempty"`
@@ -192,7 +192,7 @@ func EncodeContainer(c *Container) ([]byte, error) {
 	}
 	return json.Marshal(containerRecord{
 		Version: Version, ID: c.ID, SandboxID: c.SandboxID, CreatedAt: c.CreatedAt.UnixNano(), Digest: c.Digest,
-		Config: config, ImageID: c.ImageID, ImageRef: c.ImageRef, LogPath: c.LogPath, User: user,
+		Config: config, ImageID: c.ImageID, ImageRef: c.ImageRef, ImageName: c.ImageName, LogPath: c.LogPath, User: user,
 		Resources: resources, StopSignal: c.StopSignal, Cgroup: c.CgroupsPath, Rootfs: c.Rootfs,
 		Started: c.Started, Exit: c.Exit,
 	})
@@ -209,7 +209,7 @@ func DecodeContainer(data []byte) (*Container, error) {
 	}
 	c := &Container{
 		ID: r.ID, SandboxID: r.SandboxID, CreatedAt: time.Unix(0, r.CreatedAt), Digest: r.Digest,
-		Config: &runtimeapi.ContainerConfig{}, ImageID: r.ImageID, ImageRef: r.ImageRef, LogPath: r.LogPath,
+		Config: &runtimeapi.ContainerConfig{}, ImageID: r.ImageID, ImageRef: r.ImageRef, ImageName: r.ImageName, LogPath: r.LogPath,
 		StopSignal: r.StopSignal, CgroupsPath: r.Cgroup, Rootfs: r.Rootfs, Started: r.Started, Exit: r.Exit,
 	}
 	if err := unmarshal(r.Config, c.Config); err != nil {

@@ -1,0 +1,140 @@
+# Everything a person or a machine does with this tree. `make help` lists it.
+#
+# Works as root, through sudo and from a shell without HOME; installs missing
+# Debian packages and, if no Go is found, the Go toolchain that go.mod names.
+
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := build
+MAKEFLAGS += --no-builtin-rules --no-print-directory
+
+# sudo resets PATH and some callers have no HOME; Go needs both.
+export PATH := $(PATH):/usr/local/go/bin:/usr/local/sbin:/usr/sbin:/sbin
+ifeq ($(HOME),)
+export HOME := $(shell getent passwd $$(id -u) | cut -d: -f6)
+endif
+
+# --- Go -----------------------------------------------------------------------
+# Any Go from 1.21 fetches the version of go.mod by itself (GOTOOLCHAIN=auto).
+# Without one, the same module that it would fetch is unpacked into build/go.
+GO_VERSION := $(shell sed -n 's/^go //p' go.mod)
+GO_ARCH := $(if $(filter aarch64,$(shell uname -m)),arm64,amd64)
+GO_SHA256_amd64 := 6347bdd1fdc7c659d955d8034cd82ec23a5b776bf48b9dfc3a75088d2dacfe0e
+GO_SHA256_arm64 := a2313f15b100a99fd202aaf11adce2cbeec3c684317eef414fc97054dc644d11
+GO_OWN := $(CURDIR)/build/go/$(GO_VERSION)
+GO_FOUND := $(shell export PATH='$(PATH)'; v=$$(GOTOOLCHAIN=local go env GOVERSION 2>/dev/null) && \
+	printf '%s\n' go1.21 "$$v" | sort -CV && command -v go)
+GO := $(or $(GO_FOUND),$(GO_OWN)/bin/go)
+ifeq ($(GO_FOUND),)
+export PATH := $(GO_OWN)/bin:$(PATH)
+endif
+
+STATICCHECK := honnef.co/go/tools/cmd/staticcheck@v0.8.2
+
+# The commit goes into the binaries where git can tell it.
+VCS := $(if $(shell git rev-parse HEAD 2>/dev/null),-buildvcs=true,-buildvcs=false)
+GOBUILD := $(GO) build -trimpath $(VCS) -ldflags '-s -w'
+
+# --- Debian packages ----------------------------------------------------------
+BUILD_PACKAGES := gcc libc6-dev libseccomp-dev pkg-config ca-certificates
+TEST_PACKAGES := busybox-static nftables iproute2 containernetworking-plugins
+BENCH_PACKAGES := containerd runc crun
+
+# $(call packages,names): installs those of the names that are missing.
+define packages
+	@missing=$$(for p in $(1); do \
+		dpkg-query -W -f '$${Status}' $$p 2>/dev/null | grep -q 'ok installed' || printf '%s ' $$p; done); \
+	[ -n "$$missing" ] || exit 0; \
+	command -v apt-get >/dev/null || { echo "please install what your system calls these Debian packages: $$missing" >&2; exit 0; }; \
+	sudo=; [ "$$(id -u)" = 0 ] || sudo=sudo; \
+	echo "installing $$missing"; \
+	export DEBIAN_FRONTEND=noninteractive; \
+	$$sudo apt-get install -y -qq --no-install-recommends $$missing >/dev/null 2>&1 || \
+	{ $$sudo apt-get update -qq && $$sudo apt-get install -y -qq --no-install-recommends $$missing >/dev/null; }
+endef
+
+.PHONY: help
+help: ## list the targets
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 24
+
+# --- build --------------------------------------------------------------------
+.PHONY: build
+build: deps ## build bin/nodeagent, bin/nodeagent-shim, bin/nodeagent-cni
+	@mkdir -p bin
+	CGO_ENABLED=0 $(GOBUILD) -o bin/ ./cmd/nodeagent ./cmd/nodeagent-cni
+	CGO_ENABLED=1 $(GO) build -trimpath $(VCS) -tags 'seccomp osusergo netgo' \
+		-ldflags '-s -w -linkmode external -extldflags "-static"' -o bin/ ./cmd/nodeagent-shim
+	@chown -R --reference=. bin 2>/dev/null || true
+
+.PHONY: deps
+deps: $(if $(GO_FOUND),,$(GO_OWN)/bin/go)
+	$(call packages,$(BUILD_PACKAGES))
+
+.PHONY: test-deps
+test-deps: deps
+	$(call packages,$(TEST_PACKAGES))
+
+$(GO_OWN)/bin/go:
+	$(call packages,ca-certificates curl unzip)
+	@echo "no Go from 1.21 on found: fetching Go $(GO_VERSION) into build/go"
+	@mkdir -p build/go
+	@curl -fsSL --retry 3 -o build/go/go.zip \
+		https://proxy.golang.org/golang.org/toolchain/@v/v0.0.1-go$(GO_VERSION).linux-$(GO_ARCH).zip
+	@echo "$(GO_SHA256_$(GO_ARCH))  build/go/go.zip" | sha256sum --check --quiet
+	@rm -rf build/go/unpacked && unzip -q build/go/go.zip -d build/go/unpacked
+	@chmod -R +x build/go/unpacked/*/*/bin build/go/unpacked/*/*/pkg/tool
+	@rm -rf $(GO_OWN) && mv build/go/unpacked/golang.org/toolchain@* $(GO_OWN)
+	@rm -rf build/go/unpacked build/go/go.zip
+
+# --- run, test, lint ----------------------------------------------------------
+.PHONY: run
+run: build test-deps ## show it all: daemon, registry, pod; ARGS=--once ends by itself
+	@$(GOBUILD) -o build/demo ./test/demo
+	@./build/demo $(ARGS)
+
+# Packages share one kernel: two at a time keeps timings honest on two cores.
+.PHONY: test
+test: build test-deps ## run all tests (as root; ARGS are passed to go test)
+	@[ "$$(id -u)" = 0 ] || { echo "the tests make namespaces, mounts and cgroups: run 'sudo make test'" >&2; exit 1; }
+	@start=$$SECONDS; \
+	if $(GO) test -p 2 -timeout 25m $(ARGS) ./...; then \
+		echo "all tests passed in $$((SECONDS-start)) s"; \
+	else \
+		echo "TESTS FAILED after $$((SECONDS-start)) s: look for FAIL above" >&2; exit 1; \
+	fi
+
+.PHONY: lint
+lint: deps ## go vet, gofmt, staticcheck, house rules
+	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); \
+	[ -z "$$unformatted" ] || { echo "gofmt these: $$unformatted" >&2; exit 1; }
+	$(GO) vet ./...
+	$(GO) run $(STATICCHECK) ./...
+	$(GO) test -count=1 ./test/house
+
+.PHONY: generate
+generate: deps ## make generated files anew
+	$(GO) generate ./...
+
+# --- measures -----------------------------------------------------------------
+.PHONY: bench
+bench: build test-deps ## run the Go benchmarks
+	$(GO) test -p 1 -run '^$$' -bench . -benchmem $(ARGS) ./...
+
+.PHONY: bench-compare
+bench-compare: build test-deps ## measure this runtime beside Debian's containerd
+	$(call packages,$(BENCH_PACKAGES))
+	$(GO) run ./test/bench/compare $(ARGS)
+
+# --- install ------------------------------------------------------------------
+PREFIX ?= /usr/local
+
+.PHONY: install
+install: build ## install binaries, completion and manual pages under PREFIX
+	install -D -m 755 -t $(DESTDIR)$(PREFIX)/bin bin/nodeagent bin/nodeagent-shim bin/nodeagent-cni
+	install -d $(DESTDIR)$(PREFIX)/share/bash-completion/completions
+	bin/nodeagent completion bash > $(DESTDIR)$(PREFIX)/share/bash-completion/completions/nodeagent
+	bin/nodeagent man $(DESTDIR)$(PREFIX)/share/man/man8
+
+.PHONY: clean
+clean: ## remove what was built
+	rm -rf bin build

@@ -1,0 +1,252 @@
+package images
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/containerd/containerd/v2/core/leases"
+	"github.com/containerd/containerd/v2/pkg/namespaces"
+	"github.com/containerd/errdefs"
+)
+
+// collectDelay gathers removals that come together into one collection.
+const collectDelay = 200 * time.Millisecond
+
+// Run syncs freshly unpacked layers to disk and collects what nothing refers
+// to, until ctx ends. It collects nothing before Restore.
+func (s *Store) Run(ctx context.Context) error {
+	for {
+		timer := time.NewTimer(s.nextExpiry())
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return nil
+		case id := <-s.sync:
+			s.syncLayers(id)
+		case <-timer.C:
+			s.collectLogged(ctx)
+		case <-s.collect:
+			if !sleep(ctx, collectDelay) {
+				return nil
+			}
+			s.collectLogged(ctx)
+		}
+		timer.Stop()
+	}
+}
+
+func sleep(ctx context.Context, d time.Duration) bool {
+	select {
+	case <-ctx.Done():
+		return false
+	case <-time.After(d):
+		return true
+	}
+}
+
+func (s *Store) collectLogged(ctx context.Context) {
+	if err := s.GC(ctx); err != nil && ctx.Err() == nil && !errdefs.IsFailedPrecondition(err) {
+		s.log.Error("image garbage collection failed", "err", err)
+	}
+}
+
+// nextExpiry is the time until the remains of a failed pull are due.
+func (s *Store) nextExpiry() time.Duration {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	next := time.Hour
+	for _, at := range s.partial {
+		next = min(next, max(time.Until(at), time.Second))
+	}
+	return next
+}
+
+// askCollect has Run collect soon.
+func (s *Store) askCollect() {
+	select {
+	case s.collect <- struct{}{}:
+	default:
+	}
+}
+
+// askSync has Run sync the layers of id; when its list is full, the note in
+// state.json stays and the image is unpacked again should the host crash.
+func (s *Store) askSync(id string) {
+	select {
+	case s.sync <- id:
+	default:
+	}
+}
+
+func (s *Store) syncLayers(id string) {
+	err := syncFilesystem(s.cfg.Root)
+	if err == nil {
+		err = s.state.synced(id)
+	}
+	if err != nil {
+		s.log.Error("sync of image layers failed", "image", id, "err", err)
+	}
+}
+
+// GC collects now: images without name and owner, the remains of failed pulls
+// that are due, and all blobs and layers that nothing refers to.
+//
+// Errors: FailedPrecondition before Restore.
+func (s *Store) GC(ctx context.Context) error {
+	ctx = s.scoped(ctx)
+	s.recMu.Lock()
+	err := s.dropViews(ctx)
+	s.recMu.Unlock()
+	if err != nil {
+		return fmt.Errorf("collect images: %w", err)
+	}
+	if err := s.dropPartial(ctx); err != nil {
+		return fmt.Errorf("collect images: %w", err)
+	}
+	if _, err := s.db.GarbageCollect(ctx); err != nil {
+		return fmt.Errorf("collect images: %w", err)
+	}
+	s.mu.Lock()
+	s.usage = nil
+	s.mu.Unlock()
+	return nil
+}
+
+// dropViews removes the roots of images that have neither name nor owner.
+// Callers hold recMu, under which pulls make a view together with its names.
+func (s *Store) dropViews(ctx context.Context) error {
+	s.mu.Lock()
+	restored := s.restored
+	s.mu.Unlock()
+	if !restored {
+		return fmt.Errorf("owners of images are not restored yet: %w", errdefs.ErrFailedPrecondition)
+	}
+	kept, err := s.keptImages(ctx)
+	if err != nil {
+		return err
+	}
+	for id := range kept {
+		s.mu.Lock()
+		used := s.byID[id] != nil
+		s.mu.Unlock()
+		if used {
+			continue
+		}
+		if err := s.sn.Remove(ctx, viewName(id)); err != nil && !errdefs.IsNotFound(err) {
+			return err
+		}
+		if err := s.state.synced(id); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// dropPartial deletes the leases of failed pulls that are due.
+func (s *Store) dropPartial(ctx context.Context) error {
+	s.mu.Lock()
+	var due []string
+	for id, at := range s.partial {
+		if !time.Now().Before(at) {
+			due = append(due, id)
+			delete(s.partial, id)
+		}
+	}
+	s.mu.Unlock()
+	var errs []error
+	for _, id := range due {
+		if err := s.leases.Delete(ctx, leases.Lease{ID: id}); err != nil && !errdefs.IsNotFound(err) {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Remove removes an image with all its names, whichever name or ID it is
+// called by (the CRI's rule). Its layers stay while a container uses them.
+// What is not there is no error.
+func (s *Store) Remove(ctx context.Context, ref string) error {
+	return s.remove(ctx, ref, true)
+}
+
+// Untag removes one name of an image, and the image with the last one. A
+// digest name made by the same pull goes with the last tag.
+//
+// Errors: NotFound.
+func (s *Store) Untag(ctx context.Context, name string) error {
+	return s.remove(ctx, name, false)
+}
+
+func (s *Store) remove(ctx context.Context, ref string, all bool) error {
+	s.recMu.Lock()
+	defer s.recMu.Unlock()
+	s.mu.Lock()
+	id, err := s.lookup(ref)
+	var names []string
+	if err == nil {
+		names = s.namesToRemove(id, ref, all)
+	}
+	s.mu.Unlock()
+	if errdefs.IsNotFound(err) && all {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("remove image: %w", err)
+	}
+	ctx = context.WithoutCancel(s.scoped(ctx))
+	if err := s.update(ctx, func(ctx context.Context) error {
+		for _, name := range names {
+			if err := s.records.Delete(ctx, name); err != nil && !errdefs.IsNotFound(err) {
+				return fmt.Errorf("delete record %q: %w", name, err)
+			}
+		}
+		return nil
+	}); err != nil {
+		return fmt.Errorf("remove image %q: %w", ref, err)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, name := range names {
+		s.unindex(name)
+	}
+	s.askCollect()
+	return nil
+}
+
+// FsUsage is what the image store takes on disk.
+type FsUsage struct {
+	// Mountpoint is a directory of the filesystem that holds the store.
+	Mountpoint string
+	// Bytes and Inodes of blobs and unpacked layers, from the store's own
+	// records.
+	Bytes, Inodes uint64
+	At            time.Time
+}
+
+// FsInfo adds up the records of blobs and layers; no file is looked at, and
+// the sum is kept until something changes.
+func (s *Store) FsInfo(ctx context.Context) (FsUsage, error) {
+	s.mu.Lock()
+	cached := s.usage
+	s.mu.Unlock()
+	if cached != nil {
+		u := *cached
+		u.At = time.Now()
+		return u, nil
+	}
+	u, err := s.measure(s.scoped(ctx))
+	if err != nil {
+		return FsUsage{}, fmt.Errorf("measure image store: %w", err)
+	}
+	s.mu.Lock()
+	s.usage = &u
+	s.mu.Unlock()
+	return u, nil
+}
+
+// scoped gives a caller's context our namespace in containerd's schema.
+func (s *Store) scoped(ctx context.Context) context.Context {
+	return namespaces.WithNamespace(ctx, namespace)
+}

@@ -141,7 +141,7 @@ func (n *Node) links() []string {
 // cgroups below any hierarchy whose path contains the node's name.
 func (n *Node) cgroups() []string {
 	var out []string
-	for _, root := range cgroupRoots() {
+	for _, root := range CgroupRoots() {
 		top, _ := os.ReadDir(root)
 		for _, e := range top {
 			if !e.IsDir() || !strings.Contains(e.Name(), n.Config.Name) {
@@ -159,7 +159,8 @@ func (n *Node) cgroups() []string {
 	return out
 }
 
-func cgroupRoots() []string {
+// CgroupRoots are the mount points of the cgroup hierarchies.
+func CgroupRoots() []string {
 	b, _ := os.ReadFile("/proc/self/mountinfo")
 	var out []string
 	for line := range strings.Lines(string(b)) {
@@ -173,7 +174,7 @@ func cgroupRoots() []string {
 
 // RemoveCgroups removes the empty cgroups at and below rel in each hierarchy.
 func RemoveCgroups(rel string) {
-	for _, root := range cgroupRoots() {
+	for _, root := range CgroupRoots() {
 		var dirs []string
 		filepath.WalkDir(filepath.Join(root, rel), func(p string, d fs.DirEntry, err error) error {
 			if err == nil && d.IsDir() {
@@ -302,10 +303,22 @@ func (n *Node) KillShim(ctx context.Context) error {
 	}
 }
 
-// unmountAll detaches what is still mounted below the node's directory.
-func (n *Node) unmountAll() error {
+// ProcessesNaming lists the processes whose command line contains s, this one
+// excepted.
+func ProcessesNaming(s string) []int {
+	var out []int
+	for _, pid := range pids() {
+		if pid != os.Getpid() && strings.Contains(cmdline(pid), s) {
+			out = append(out, pid)
+		}
+	}
+	return out
+}
+
+// UnmountBelow detaches every mount at or below dir.
+func UnmountBelow(dir string) error {
 	for range 10 {
-		m := mountsBelow(n.Config.Dir)
+		m := mountsBelow(dir)
 		if len(m) == 0 {
 			return nil
 		}
@@ -314,5 +327,5 @@ func (n *Node) unmountAll() error {
 			unix.Unmount(p, unix.MNT_DETACH)
 		}
 	}
-	return fmt.Errorf("unmount below %s: %v still mounted", n.Config.Dir, mountsBelow(n.Config.Dir))
+	return fmt.Errorf("unmount below %s: %v still mounted", dir, mountsBelow(dir))
 }

@@ -414,7 +414,7 @@ func (n *Node) Destroy(ctx context.Context) error {
 	}
 	n.mu.Unlock()
 	err = errors.Join(err, n.KillShim(ctx))
-	err = errors.Join(err, n.unmountAll())
+	err = errors.Join(err, UnmountBelow(n.Config.Dir))
 	n.deleteTables()
 	if e := os.RemoveAll(n.Config.Dir); e != nil {
 		err = errors.Join(err, e)

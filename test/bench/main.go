@@ -1,0 +1,134 @@
+// Command bench compares container runtimes through their CRI sockets.
+//
+//	go run ./test/bench                         ours, Debian's containerd with runc and with crun
+//	go run ./test/bench -runtime x=/run/x.sock  any CRI socket (repeatable; only these)
+//	go run ./test/bench -quick                  fewer rounds, to see that it works
+//
+// It starts the runtimes it compares itself, each with directories, a network
+// and cgroups of its own, works on them in turns so that a disturbance of the
+// machine hits all alike, prints a table with the ratios against containerd
+// with runc, and writes all figures as JSON.
+//
+// How memory is counted: PSS (smaps_rollup) of every process that descends
+// from the runtime's daemon or names its directory on the command line, except
+// processes inside containers. Pause processes count as the runtime's: the pod
+// did not ask for them.
+//
+// How CPU is counted: each runtime and all its pods live below one cgroup, and
+// the group's own counter (cpuacct.usage, cpu.stat) is read before and after.
+// It includes children that lived for a millisecond and containers' start-up
+// code, whoever their parent was. For a socket the harness did not start, and
+// as a cross-check, the machine's counter is used.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"log"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+)
+
+type options struct {
+	runtimes []string
+	only     string
+	skip     string
+	dir      string
+	out      string
+	daemon   string
+	rounds   int
+	batch    int
+	ladder   []int
+	batches  int
+	idle     time.Duration
+	pulls    int
+	logMB    int
+	quick    bool
+}
+
+func main() {
+	var o options
+	flag.Func("runtime", "`name=socket` of a runtime that runs already; only such are measured then", func(s string) error {
+		if !strings.Contains(s, "=") {
+			return fmt.Errorf("want name=socket, got %q", s)
+		}
+		o.runtimes = append(o.runtimes, s)
+		return nil
+	})
+	flag.StringVar(&o.only, "only", "", "comma-separated `names` of the built-in runtimes to measure: nodeagent, containerd-runc, containerd-crun")
+	flag.StringVar(&o.skip, "skip", "", "comma-separated `parts` to leave out: "+strings.Join(partNames(), ", "))
+	flag.StringVar(&o.dir, "dir", "", "working `directory`, default a new one in the temporary directory")
+	flag.StringVar(&o.out, "out", "bench-results.json", "`file` for the figures as JSON")
+	flag.StringVar(&o.daemon, "nodeagent", "", "the nodeagent `binary`, default bin/nodeagent of this repository")
+	flag.IntVar(&o.rounds, "rounds", 40, "pod starts and execs measured one by one")
+	flag.IntVar(&o.batches, "batches", 2, "repetitions of each 50-pod batch; the median counts")
+	flag.BoolVar(&o.quick, "quick", false, "few rounds, small ladder: shows that it works, not how fast")
+	flag.Parse()
+	o.batch, o.ladder, o.idle, o.pulls, o.logMB = 50, []int{10, 50, 200}, 10*time.Second, 3, 64
+	if o.quick {
+		o.rounds, o.batch, o.ladder, o.idle, o.pulls, o.logMB, o.batches = 5, 8, []int{4, 8}, time.Second, 1, 16, 1
+	}
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if err := run(ctx, o); err != nil {
+		log.Fatal("bench: ", err)
+	}
+}
+
+func run(ctx context.Context, o options) (err error) {
+	if os.Getuid() != 0 {
+		return fmt.Errorf("start runtimes: must be root")
+	}
+	if o.dir == "" {
+		if o.dir, err = os.MkdirTemp("", "nabench-"); err != nil {
+			return err
+		}
+		defer os.RemoveAll(o.dir)
+	}
+	images, err := serveImages(o)
+	if err != nil {
+		return err
+	}
+	defer images.Close()
+
+	rts, stopAll, err := startRuntimes(ctx, o, images)
+	defer func() { stopAll() }()
+	if err != nil {
+		return err
+	}
+	b := &bench{options: o, images: images, runtimes: rts}
+	for _, r := range rts {
+		if err := b.prepare(ctx, r); err != nil {
+			return fmt.Errorf("prepare %s: %w", r.name, err)
+		}
+	}
+	for _, p := range parts {
+		if strings.Contains(","+o.skip+",", ","+p.name+",") {
+			continue
+		}
+		fmt.Fprintf(os.Stderr, "== %s\n", p.title)
+		t := time.Now()
+		if err := p.run(b, ctx); err != nil {
+			return fmt.Errorf("%s: %w", p.name, err)
+		}
+		fmt.Fprintf(os.Stderr, "   %.1fs\n", time.Since(t).Seconds())
+	}
+	rep := b.report()
+	rep.print(os.Stdout)
+	j, err := json.MarshalIndent(rep, "", "  ")
+	if err != nil {
+		return err
+	}
+	out, _ := filepath.Abs(o.out)
+	if err := os.WriteFile(out, append(j, '\n'), 0o644); err != nil {
+		return err
+	}
+	fmt.Printf("\nfigures: %s\n", out)
+	return nil
+}

@@ -38,7 +38,7 @@ GOBUILD := $(GO) build -trimpath $(VCS) -ldflags '-s -w'
 # --- Debian packages ----------------------------------------------------------
 BUILD_PACKAGES := gcc libc6-dev libseccomp-dev pkg-config ca-certificates
 TEST_PACKAGES := busybox-static nftables iproute2 containernetworking-plugins
-BENCH_PACKAGES := containerd runc crun
+BENCH_PACKAGES := containerd runc crun iptables
 
 # $(call packages,names): installs those of the names that are missing.
 define packages
@@ -123,7 +123,7 @@ bench: build test-deps ## run the Go benchmarks
 .PHONY: bench-compare
 bench-compare: build test-deps ## measure this runtime beside Debian's containerd
 	$(call packages,$(BENCH_PACKAGES))
-	$(GO) run ./test/bench/compare $(ARGS)
+	$(GO) run ./test/bench -nodeagent bin/nodeagent $(ARGS)
 
 # --- install ------------------------------------------------------------------
 PREFIX ?= /usr/local

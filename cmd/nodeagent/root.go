@@ -29,7 +29,6 @@ file; "nodeagent config default" prints it with all its fields explained.`,
 		SilenceUsage:      true,
 		SilenceErrors:     true,
 		DisableAutoGenTag: true,
-		// The message of an unknown command comes from legacyArgs, with suggestions.
 	}
 	root.PersistentFlags().StringVar(&a.configPath, "config", config.DefaultPath, "configuration `file`; the default one may be absent")
 	root.SetFlagErrorFunc(func(cmd *cobra.Command, err error) error {
@@ -44,7 +43,6 @@ file; "nodeagent config default" prints it with all its fields explained.`,
 		newManCommand(),
 		newHoldCommand(),
 	)
-	root.InitDefaultCompletionCmd("run", "check") // makes `completion` although it is the only child so far
 	return root
 }
 

@@ -1,0 +1,53 @@
+package house
+
+import (
+	"bytes"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+)
+
+// tracked lists the files that git knows, relative to the root.
+func tracked(t *testing.T) []string {
+	t.Helper()
+	return strings.Split(strings.TrimRight(run(t, "git", "ls-files", "-z"), "\x00"), "\x00")
+}
+
+func TestNoPathsOfOneMachine(t *testing.T) {
+	for _, name := range tracked(t) {
+		data, err := os.ReadFile(filepath.Join("../..", name))
+		if err != nil {
+			continue // deleted, not committed yet
+		}
+		for _, p := range foreignPaths {
+			if bytes.Contains(data, []byte(p)) {
+				t.Errorf("%s names %s", name, p)
+			}
+		}
+	}
+}
+
+func TestModuleIsPlain(t *testing.T) {
+	data, err := os.ReadFile("../../go.mod")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for line := range strings.Lines(string(data)) {
+		if strings.HasPrefix(strings.TrimSpace(line), "replace") || strings.Contains(line, "=>") {
+			t.Errorf("go.mod has %q: the module has to build as a dependency", strings.TrimSpace(line))
+		}
+	}
+}
+
+func TestNothingBinaryIsCommitted(t *testing.T) {
+	for _, name := range tracked(t) {
+		if strings.Contains(name, "testdata/") {
+			continue
+		}
+		data, err := os.ReadFile(filepath.Join("../..", name))
+		if err == nil && bytes.IndexByte(data[:min(len(data), 8000)], 0) >= 0 {
+			t.Errorf("%s is binary; build it", name)
+		}
+	}
+}

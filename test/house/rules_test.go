@@ -1,0 +1,65 @@
+package house
+
+// module is the prefix of our own import paths.
+const module = "github.com/nodeagent/nodeagent/"
+
+// domains are the folders whose packages do not import each other: each
+// declares the small interface it needs, and cmd/nodeagent joins them.
+var domains = []string{"cgroups", "cni", "config", "cri", "metrics", "shim"}
+
+// domainExceptions allows single imports between domains, with the reason.
+var domainExceptions = map[[2]string]string{
+	{"cgroups", "metrics"}:   "metrics/sample holds the figures' types, nothing else",
+	{"cri/stats", "metrics"}: "turns metrics/sample's types into those of the CRI",
+}
+
+// shimForbidden may not be linked into the shim: it is re-executed for every
+// container and every exec, and all package initialisation runs each time.
+// (ttrpc brings grpc's codes and status, which are small.)
+var shimForbidden = []string{
+	"google.golang.org/grpc",
+	"google.golang.org/grpc/internal/transport",
+	"k8s.io/",
+	"github.com/containerd/containerd/",
+	"github.com/spf13/cobra",
+	"go.etcd.io/bbolt",
+	"net/http",
+}
+
+// onlyIn limits packages to the folders that have the task they stand for.
+var onlyIn = []struct {
+	path    string   // import path, exact
+	folders []string // that may import it
+	why     string
+}{
+	{"google.golang.org/grpc/codes", []string{"cri", "cmd/nodeagent", "test"}, "errors have classes of errdefs; codes are made at the edge"},
+	{"github.com/opencontainers/runc/libcontainer", []string{"shim/server", "shim/initmode", "cmd/nodeagent-shim"}, "only the shim runs containers"},
+	{"log", []string{"test"}, "log/slog is handed to constructors"},
+	{"github.com/spf13/cobra", []string{"cmd", "test"}, "commands live in cmd"},
+	{"github.com/coreos/go-systemd/v22/daemon", []string{"cmd"}, "the process talks to its supervisor, a package does not"},
+}
+
+// badNames say nothing about what a package is for.
+var badNames = []string{"util", "utils", "common", "helper", "helpers", "misc", "shared", "base", "lib"}
+
+// initAllowed are the packages that may have func init, with the reason.
+var initAllowed = map[string]string{
+	"shim/initmode": "libcontainer's init has to run before any other package initialises",
+}
+
+// writtenVars are package variables that may be assigned after their
+// declaration ("folder.name"), with the reason.
+var writtenVars = map[string]string{}
+
+// contextFields are structs that may hold a context ("folder.Type"), with the
+// reason.
+var contextFields = map[string]string{
+	"cri.Server":           "what clients share outlives the call that began it",
+	"cri/images.Store":     "a pull outlives the call that began it, if others wait for it",
+	"cri/images.ctxReader": "io.Reader has no context argument",
+}
+
+// foreignPaths must not be in any file: they name places of one machine.
+var foreignPaths = []string{
+	"/wo" + "rk/main", "/wo" + "rk/shared", "/wo" + "rk/plan", ".libr" + "ary/", ".mirr" + "or/",
+}

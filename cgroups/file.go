@@ -15,6 +15,7 @@ import (
 type reader struct {
 	path []byte // NUL-terminated for the kernel
 	buf  []byte
+	n    [2]uint64 // scratch for numbers; a local one would escape
 }
 
 // maxFile bounds what is read from one file. The largest is io.stat, one line

@@ -257,18 +257,19 @@ func (g Group) readMemory(r *reader, s *Stats, want sample.Set) error {
 		return err
 	}
 	// The order is that of the file: the parse ends at the last key found.
-	var memLimit, swapLimit uint64
+	memLimit, swapLimit := &r.n[0], &r.n[1]
+	*memLimit, *swapLimit = 0, sample.Unlimited
 	if err := r.keyed(g.memory, "memory.stat",
 		field{"pgfault", &m.LocalPageFaults}, field{"pgmajfault", &m.LocalMajorPageFaults},
-		field{"hierarchical_memory_limit", &memLimit}, field{"hierarchical_memsw_limit", &swapLimit},
+		field{"hierarchical_memory_limit", memLimit}, field{"hierarchical_memsw_limit", swapLimit},
 		field{"total_cache", &m.Cache}, field{"total_rss", &m.RSS}, field{"total_mapped_file", &m.MappedFile},
 		field{"total_swap", &m.Swap}, field{"total_pgfault", &m.PageFaults}, field{"total_pgmajfault", &m.MajorPageFaults},
 		field{"total_inactive_file", &m.InactiveFile}, field{"total_active_file", &m.ActiveFile}); err != nil {
 		return err
 	}
 	m.SwapLimit = sample.Unlimited
-	if swapLimit < noLimit && memLimit <= swapLimit {
-		m.SwapLimit = swapLimit - memLimit
+	if *swapLimit < noLimit && *memLimit <= *swapLimit {
+		m.SwapLimit = *swapLimit - *memLimit
 	}
 	m.WorkingSet = m.Usage - min(m.Usage, m.InactiveFile)
 	return nil

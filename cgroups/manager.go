@@ -13,6 +13,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"time"
 
 	"github.com/containerd/errdefs"
 	ocicgroups "github.com/opencontainers/cgroups"
@@ -419,21 +420,25 @@ func (m *Manager) remove(rel string) error {
 			return err
 		}
 	}
-	var errs []error
+	// The first that is busy ends it: nothing is gained by a pod group that
+	// exists in half of the hierarchies.
 	for _, mount := range m.host.hierarchies() {
-		errs = append(errs, m.removeDir(mount, rel))
+		if err := m.removeDir(mount, rel); err != nil {
+			return err
+		}
 	}
-	return errors.Join(errs...)
+	return nil
 }
 
 // removeDir is remove in one hierarchy.
 func (m *Manager) removeDir(mount, rel string) error {
 	if m.ownPod(rel) {
 		// What containers left below is dead, or else this says so.
-		if err := ocicgroups.RemovePath(mount + rel); err != nil {
-			if errors.Is(err, unix.EBUSY) {
-				return fmt.Errorf("%w: %w", err, errdefs.ErrFailedPrecondition)
-			}
+		err := removeTree(mount+rel, time.Now().Add(removeWait))
+		if errors.Is(err, unix.EBUSY) {
+			return fmt.Errorf("%w: %w", err, errdefs.ErrFailedPrecondition)
+		}
+		if err != nil {
 			return err
 		}
 	}
@@ -456,6 +461,42 @@ func (m *Manager) removeDir(mount, rel string) error {
 		}
 	}
 	return nil
+}
+
+// removeWait is how long a group may stay busy after its last process was
+// reaped; the kernel takes it out of its group a moment later.
+const removeWait = 200 * time.Millisecond
+
+// removeTree removes a group and those below it.
+func removeTree(dir string, deadline time.Time) error {
+	for delay := time.Millisecond; ; delay *= 2 {
+		err := unix.Rmdir(dir)
+		if err == nil || errors.Is(err, unix.ENOENT) {
+			return nil
+		}
+		if !errors.Is(err, unix.EBUSY) && !errors.Is(err, unix.EINTR) {
+			return &os.PathError{Op: "rmdir", Path: dir, Err: err}
+		}
+		entries, err := os.ReadDir(dir)
+		if err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return err
+		}
+		for _, e := range entries {
+			if !e.IsDir() {
+				continue
+			}
+			if err := removeTree(filepath.Join(dir, e.Name()), deadline); err != nil {
+				return err
+			}
+		}
+		if err := unix.Rmdir(dir); err == nil || errors.Is(err, unix.ENOENT) {
+			return nil
+		}
+		if time.Now().Add(delay).After(deadline) {
+			return &os.PathError{Op: "rmdir", Path: dir, Err: unix.EBUSY}
+		}
+		time.Sleep(delay)
+	}
 }
 
 // stopSlices stops the units of rel and its ancestors that are ours and hold

@@ -343,7 +343,7 @@ func BenchmarkStats(b *testing.B) {
 		if err := m.EnsurePod(ctx, parent, nil); err != nil {
 			b.Fatal(err)
 		}
-		defer m.RemovePod(ctx, parent)
+		b.Cleanup(func() { m.RemovePod(ctx, parent) })
 		container(b, m, parent, "c", "cat")
 		g, _ := m.Resolve(parent, "c")
 		groups = append(groups, g)

@@ -156,6 +156,8 @@ type Cgroups interface {
 	ContainerPath(parent, id string) (string, error)
 	// EnsurePod makes the pod's group if it is missing. res may be nil.
 	EnsurePod(ctx context.Context, parent string, res *specs.LinuxResources) error
+	// UpdatePod sets new limits on the group if we made it. res may be nil.
+	UpdatePod(ctx context.Context, parent string, res *specs.LinuxResources) error
 	// RemovePod removes the group if we made it. Idempotent.
 	RemovePod(ctx context.Context, parent string) error
 	// Systemd reports whether the systemd driver is in use.

@@ -13,12 +13,12 @@ import (
 // intent is the note about an object whose parts exist in the kernel, or are
 // about to. It lives in State, is not synced, and lasts as long as the object.
 type intent struct {
-	Version   int           `json:"version"`
-	Kind      string        `json:"kind"` // "sandbox" or "container"
-	ID        string        `json:"id"`
-	SandboxID string        `json:"sandbox,omitempty"`
-	Cgroup    string        `json:"cgroup,omitempty"`
-	Network   *intentPod    `json:"network,omitempty"`
+	Version   int        `json:"version"`
+	Kind      string     `json:"kind"` // "sandbox" or "container"
+	ID        string     `json:"id"`
+	SandboxID string     `json:"sandbox,omitempty"`
+	Cgroup    string     `json:"cgroup,omitempty"`
+	Network   *intentPod `json:"network,omitempty"`
 }
 
 // intentPod is what tearing a network down needs to know when there is no

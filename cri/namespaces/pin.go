@@ -7,7 +7,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
-	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -172,7 +171,7 @@ func (p *visiblePins) Unpin(id string) error {
 func (p *visiblePins) List() ([]string, error) { return listIDs(p.dir) }
 
 // hiddenPins are bind mounts in a mount namespace that holds nothing else, on
-// files "<id>.<kind>" of a tmpfs that is its root. dir/.mnt pins that mount
+// files /<id>/<kind> of a tmpfs that is its root. dir/.mnt pins that mount
 // namespace. pinPath is a link to /proc/<pid>/fd/<n> of this daemon.
 type hiddenPins struct {
 	dir string
@@ -255,7 +254,7 @@ func (p *hiddenPins) inside(fn func() error) error {
 	})
 }
 
-func hiddenPath(id string, k kind) string { return "/" + id + "." + string(k) }
+func hiddenPath(id string, k kind) string { return "/" + id + "/" + string(k) }
 
 func (p *hiddenPins) Pin(id string, files map[kind]*os.File) error {
 	// Links first: List finds a set by either.
@@ -263,6 +262,15 @@ func (p *hiddenPins) Pin(id string, files map[kind]*os.File) error {
 		return err
 	}
 	return p.inside(func() error {
+		// A mount of its own, so that one unmount takes all: each one waits for
+		// an RCU grace period.
+		dir := "/" + id
+		if err := os.Mkdir(dir, 0o700); err != nil {
+			return err
+		}
+		if err := unix.Mount(dir, dir, "", unix.MS_BIND, ""); err != nil {
+			return fmt.Errorf("bind %q to itself: %w", dir, err)
+		}
 		for _, k := range kinds() {
 			if files[k] != nil {
 				if err := pinFile(files[k], hiddenPath(id, k)); err != nil {
@@ -308,16 +316,10 @@ func (p *hiddenPins) Adopt(id string) (files map[kind]*os.File, err error) {
 
 func (p *hiddenPins) Unpin(id string) error {
 	err := p.inside(func() error {
-		for _, k := range kinds() {
-			path := hiddenPath(id, k)
-			if err := unmountAll(path); err != nil {
-				return err
-			}
-			if err := ignore(os.Remove(path), os.ErrNotExist); err != nil {
-				return err
-			}
+		if err := unmountAll("/" + id); err != nil {
+			return err
 		}
-		return nil
+		return os.RemoveAll("/" + id)
 	})
 	if err != nil {
 		return err
@@ -338,9 +340,8 @@ func (p *hiddenPins) List() ([]string, error) {
 	err = p.inside(func() error {
 		entries, err := os.ReadDir("/")
 		for _, e := range entries {
-			id, _, _ := strings.Cut(e.Name(), ".")
-			if validID(id) {
-				ids = append(ids, id)
+			if validID(e.Name()) {
+				ids = append(ids, e.Name())
 			}
 		}
 		return err

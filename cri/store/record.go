@@ -57,15 +57,18 @@ type Container struct {
 	Digest        string
 	Config        *runtimeapi.ContainerConfig
 
-	ImageID     string // config digest, "sha256:..."
-	ImageRef    string // repo digest where there is one, else ImageID
-	ImageName   string // tag or reference to show to people
-	LogPath     string // absolute, "" for none
-	User        *runtimeapi.ContainerUser
-	Resources   *runtimeapi.LinuxContainerResources // as last updated
-	StopSignal  string                              // effective one, "SIGTERM"
-	CgroupsPath string                              // OCI linux.cgroupsPath
-	Rootfs      string                              // mount point
+	ImageID   string // config digest, "sha256:..."
+	ImageRef  string // repo digest where there is one, else ImageID
+	ImageName string // tag or reference to show to people
+	LogPath   string // absolute, "" for none
+	// ImageVolumes are the IDs of images mounted as volumes, in order.
+	ImageVolumes []string
+	User         *runtimeapi.ContainerUser
+	Resources    *runtimeapi.LinuxContainerResources // as last updated
+	StopSignal   runtimeapi.Signal                   // effective one, as the status shows it
+	StopNumber   int                                 // the same for the kernel
+	CgroupsPath  string                              // OCI linux.cgroupsPath
+	Rootfs       string                              // mount point
 
 	Started *Started // nil: never started
 	Exit    *Exit    // nil: did not exit
@@ -100,6 +103,20 @@ func (c *Container) State() runtimeapi.ContainerState {
 	return runtimeapi.ContainerState_CONTAINER_CREATED
 }
 
+// Image is the image as lists and statuses show it: a name people know, and
+// what the user wrote.
+func (c *Container) Image() *runtimeapi.ImageSpec {
+	asked := c.Config.GetImage()
+	name := c.ImageName
+	if name == "" {
+		name = asked.GetImage()
+	}
+	return &runtimeapi.ImageSpec{
+		Image: name, Annotations: asked.GetAnnotations(),
+		UserSpecifiedImage: asked.GetUserSpecifiedImage(), RuntimeHandler: asked.GetRuntimeHandler(),
+	}
+}
+
 // The wire forms. CRI messages are kept as protobuf: JSON would alter bytes
 // that are not UTF-8 (environment values) and drop unknown fields.
 type sandboxRecord struct {
@@ -128,9 +145,11 @@ type containerRecord struct {
 	ImageRef   string   `json:"imageRef,omitempty"`
 	ImageName  string   `json:"imageName,omitempty"`
 	LogPath    string   `json:"logPath,omitempty"`
+	Volumes    []string `json:"imageVolumes,omitempty"`
 	User       []byte   `json:"user,omitempty"`
 	Resources  []byte   `json:"resources,omitempty"`
-	StopSignal string   `json:"stopSignal,omitempty"`
+	StopSignal int32    `json:"stopSignal,omitempty"`
+	StopNumber int      `json:"stopNumber,omitempty"`
 	Cgroup     string   `json:"cgroup,omitempty"`
 	Rootfs     string   `json:"rootfs,omitempty"`
 	Started    *Started `json:"started,omitempty"`
@@ -192,8 +211,8 @@ func EncodeContainer(c *Container) ([]byte, error) {
 	}
 	return json.Marshal(containerRecord{
 		Version: Version, ID: c.ID, SandboxID: c.SandboxID, CreatedAt: c.CreatedAt.UnixNano(), Digest: c.Digest,
-		Config: config, ImageID: c.ImageID, ImageRef: c.ImageRef, ImageName: c.ImageName, LogPath: c.LogPath, User: user,
-		Resources: resources, StopSignal: c.StopSignal, Cgroup: c.CgroupsPath, Rootfs: c.Rootfs,
+		Config: config, ImageID: c.ImageID, ImageRef: c.ImageRef, ImageName: c.ImageName, LogPath: c.LogPath, Volumes: c.ImageVolumes, User: user,
+		Resources: resources, StopSignal: int32(c.StopSignal), StopNumber: c.StopNumber, Cgroup: c.CgroupsPath, Rootfs: c.Rootfs,
 		Started: c.Started, Exit: c.Exit,
 	})
 }
@@ -209,8 +228,8 @@ func DecodeContainer(data []byte) (*Container, error) {
 	}
 	c := &Container{
 		ID: r.ID, SandboxID: r.SandboxID, CreatedAt: time.Unix(0, r.CreatedAt), Digest: r.Digest,
-		Config: &runtimeapi.ContainerConfig{}, ImageID: r.ImageID, ImageRef: r.ImageRef, ImageName: r.ImageName, LogPath: r.LogPath,
-		StopSignal: r.StopSignal, CgroupsPath: r.Cgroup, Rootfs: r.Rootfs, Started: r.Started, Exit: r.Exit,
+		Config: &runtimeapi.ContainerConfig{}, ImageID: r.ImageID, ImageRef: r.ImageRef, ImageName: r.ImageName, LogPath: r.LogPath, ImageVolumes: r.Volumes,
+		StopSignal: runtimeapi.Signal(r.StopSignal), StopNumber: r.StopNumber, CgroupsPath: r.Cgroup, Rootfs: r.Rootfs, Started: r.Started, Exit: r.Exit,
 	}
 	if err := unmarshal(r.Config, c.Config); err != nil {
 		return nil, fmt.Errorf("decode container %s: config: %w", r.ID, err)

@@ -1,0 +1,175 @@
+package builtin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+
+	"github.com/containerd/errdefs"
+	"github.com/nodeagent/nodeagent/cni/ipam"
+	"github.com/nodeagent/nodeagent/cni/rtnl"
+)
+
+// Attach gives the namespace its addresses and connects it. All or nothing: on an error, or when ctx
+// ends before the last step, everything made is undone (the pair too, even one made by Prewire).
+//
+// Errors: ResourceExhausted without a free address; AlreadyExists if it is attached already or a
+// host port is taken; NotFound if there is no namespace; FailedPrecondition if the host cannot do it.
+func (n *Network) Attach(ctx context.Context, a Attachment) (_ Attached, err error) {
+	n.life.RLock()
+	defer n.life.RUnlock()
+	defer func() {
+		if err != nil {
+			err = fmt.Errorf("attach sandbox %s to the built-in network: %w", a.SandboxID, err)
+		}
+	}()
+	node, err := n.prepare(ctx)
+	if err != nil {
+		return Attached{}, err
+	}
+	var steps undo
+	defer func() {
+		if err != nil {
+			err = steps.run(err)
+		}
+	}()
+	w := n.takeWarm(a.Key)
+	if w == nil {
+		if w, err = n.wire(ctx, node, a); err != nil {
+			return Attached{}, err
+		}
+	}
+	defer w.pod.Close()
+	steps.add(func(context.Context) error { return n.dropLink(w.Name) })
+
+	ips, err := n.addresses(node, a, w, &steps)
+	if err != nil {
+		return Attached{}, err
+	}
+	if len(a.Ports) > 0 {
+		if err := n.openPorts(a, w, ips, &steps); err != nil {
+			return Attached{}, err
+		}
+	}
+	if n.cfg.BeforeUp != nil {
+		if err := n.cfg.BeforeUp(ctx, a.SandboxID, w.hostIndex, ips); err != nil {
+			return Attached{}, fmt.Errorf("prepare link %s before it goes up: %w", w.Name, err)
+		}
+	}
+	if err := ctx.Err(); err != nil {
+		return Attached{}, err
+	}
+	if err := n.connect(node, a, w, ips); err != nil {
+		return Attached{}, err
+	}
+	return Attached{IPs: ips, HostInterface: w.Name, HostIndex: w.hostIndex, HostMAC: w.MAC, MAC: w.PeerMAC, MTU: node.mtu}, nil
+}
+
+// addresses allocates one address of each family that host and pod have, and puts them on the pod's link.
+func (n *Network) addresses(node *node, a Attachment, w *wired, steps *undo) ([]netip.Addr, error) {
+	owner := ipam.Owner{Network: n.cfg.Name, Sandbox: a.SandboxID, IfName: a.ifName(), Netns: a.Netns}
+	var ips []netip.Addr
+	var b rtnl.Batch
+	for family, ranges := range node.ranges {
+		if len(ranges) == 0 || family == 1 && !w.v6 {
+			continue
+		}
+		ip, err := n.pool.Allocate(owner, ranges)
+		if err != nil {
+			return nil, err
+		}
+		steps.add(func(context.Context) error { return n.pool.Release(n.cfg.Name, a.SandboxID, ip) })
+		ips = append(ips, ip)
+		b.AddAddr(w.podIndex, host(ip), "add pod's address "+ip.String())
+	}
+	if len(ips) == 0 {
+		return nil, fmt.Errorf("no address family is left: pod ranges are IPv6 only and the namespace has no IPv6: %w", errdefs.ErrFailedPrecondition)
+	}
+	err := w.pod.Do(&b)
+	if err == nil || !noIPv6(err) || len(ips) == 1 {
+		return ips, err
+	}
+	// IPv6 was turned off in the namespace after it was wired: IPv4 alone serves.
+	n.log.Info("pod has no IPv6", "sandbox", a.SandboxID, "err", err)
+	w.v6 = false
+	return ips[:1], n.pool.Release(n.cfg.Name, a.SandboxID, ips[1])
+}
+
+// connect sets the host's end up, which lets packets pass, and adds the routes.
+func (n *Network) connect(node *node, a Attachment, w *wired, ips []netip.Addr) error {
+	var b rtnl.Batch
+	b.Alias(w.hostIndex, n.alias(a.SandboxID, a.Netns))
+	for _, ip := range ips {
+		b.AddNeigh(w.hostIndex, ip, w.PeerMAC, "add neighbour "+ip.String())
+	}
+	b.LinkUp(w.hostIndex, "set link "+w.Name+" up")
+	for _, ip := range ips {
+		b.AddRoute(n.podRoute(node, w.hostIndex, ip), "add route to "+ip.String())
+	}
+	return n.rt.Do(&b)
+}
+
+func (n *Network) podRoute(node *node, link int, ip netip.Addr) rtnl.Route {
+	src := node.src[0]
+	if ip.Is6() {
+		src = node.src[1]
+	}
+	return rtnl.Route{Dst: host(ip), Link: link, Src: src, Protocol: Protocol}
+}
+
+// openPorts makes the pod's host ports, and lets the host's loopback addresses be sources on its link.
+func (n *Network) openPorts(a Attachment, w *wired, ips []netip.Addr, steps *undo) error {
+	steps.add(func(context.Context) error { return n.nat.Remove(ips) })
+	if err := n.nat.Add(a.Ports, ips); err != nil {
+		return err
+	}
+	return n.sysctl("net/ipv4/conf/"+w.Name+"/route_localnet", "1")
+}
+
+// Detach takes the attachment away: routes and addresses now, the link soon. ips are those Attach returned; without them
+// they are looked up in the address records. What is gone already is success.
+func (n *Network) Detach(_ context.Context, a Attachment, ips []netip.Addr) error {
+	n.life.RLock()
+	defer n.life.RUnlock()
+	if w := n.takeWarm(a.Key); w != nil {
+		w.pod.Close()
+	}
+	var errs []error
+	held := ips
+	if len(ips) == 0 {
+		recs, _, err := n.pool.Held(n.cfg.Name)
+		if err != nil {
+			errs = append(errs, err)
+		}
+		for _, r := range recs {
+			if r.Sandbox == a.SandboxID && r.IfName == a.ifName() {
+				held = append(held, r.Addr)
+			}
+		}
+	}
+	var b rtnl.Batch
+	b.SetGroupByName(n.LinkName(a.Key), n.dead)
+	for _, ip := range held {
+		b.DelRoute(host(ip), Protocol, "delete route to "+ip.String())
+	}
+	if err := n.rt.Do(&b); err != nil {
+		errs = append(errs, err)
+	}
+	if len(a.Ports) > 0 || len(ips) == 0 && len(held) > 0 {
+		if err := n.nat.Remove(held); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	// Only now may others have the addresses.
+	if len(errs) == 0 {
+		for _, ip := range held {
+			errs = append(errs, n.pool.Release(n.cfg.Name, a.SandboxID, ip))
+		}
+	}
+	errs = append(errs, n.deleteSoon())
+	if err := errors.Join(errs...); err != nil {
+		return fmt.Errorf("detach sandbox %s from the built-in network: %w", a.SandboxID, err)
+	}
+	return nil
+}

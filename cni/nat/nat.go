@@ -1,0 +1,437 @@
+// Package nat is the built-in network's nftables table: masquerade of what pods send out, and host ports.
+//
+// There is one table of family inet per instance. Each kind of decision is one rule that looks
+// into a map or set; a host port is one element of a map, so adding one costs the same with
+// one or a thousand of them, and a pod's elements appear and vanish in one transaction. Only the first
+// packet of a connection comes here (the chains are of type nat), except for the small guard
+// chain that exists once there are host ports.
+//
+// It must not touch tables of others, and makes its own only when it is first needed.
+// Called by cni/builtin. No goroutines; one mutex in Table. Kernel 5.6 or newer (address and port
+// in one map value), nf_tables with nat, masquerade and fib.
+package nat
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net/netip"
+	"os"
+	"sort"
+	"sync"
+
+	"github.com/containerd/errdefs"
+	"github.com/google/nftables"
+	"github.com/nodeagent/nodeagent/cni/netns"
+	"golang.org/x/sys/unix"
+)
+
+// Port is one host port of a pod.
+type Port struct {
+	Protocol      string // "tcp", "udp", "sctp"
+	HostPort      uint16
+	ContainerPort uint16
+	// HostIP is the address of the host it is reached at. Zero: all addresses of both families;
+	// 0.0.0.0 and ::: all of one.
+	HostIP netip.Addr
+}
+
+// Config describes the table.
+type Config struct {
+	Table string        // its name
+	Group uint32        // interface group of the host ends of the pods' veths
+	Host  *netns.Handle // namespace it is in, nil: the caller's
+	Lock  string        // lock file shared by all processes of the instance, "" for none
+	Log   *slog.Logger
+}
+
+// Table is the table of one instance.
+type Table struct {
+	cfg Config
+	set sets
+
+	mu     sync.Mutex // one change at a time; guards what is below
+	inside []netip.Prefix
+	pods   []netip.Prefix
+	masq   bool // chains of masquerade are in place
+	ports  bool // chains of host ports are in place
+}
+
+// New describes the table; the kernel is not asked yet.
+func New(cfg Config) *Table {
+	if cfg.Log == nil {
+		cfg.Log = slog.New(slog.DiscardHandler)
+	}
+	t := &Table{cfg: cfg}
+	t.set = newSets(&nftables.Table{Name: cfg.Table, Family: nftables.TableFamilyINet})
+	return t
+}
+
+func (t *Table) conn() (*nftables.Conn, error) {
+	var opts []nftables.ConnOption
+	if t.cfg.Host != nil {
+		opts = append(opts, nftables.WithNetNSFd(t.cfg.Host.FD()))
+	}
+	c, err := nftables.New(opts...)
+	if err != nil {
+		return nil, fmt.Errorf("open nftables: %w", unsupported(err))
+	}
+	return c, nil
+}
+
+// unsupported gives errors that mean "this kernel has no such thing" their class.
+func unsupported(err error) error {
+	for _, e := range []error{unix.EPROTONOSUPPORT, unix.EAFNOSUPPORT, unix.EOPNOTSUPP} {
+		if errors.Is(err, e) {
+			return fmt.Errorf("this kernel lacks nftables or its NAT part: %w: %w", err, errdefs.ErrFailedPrecondition)
+		}
+	}
+	if errors.Is(err, unix.EPERM) || errors.Is(err, unix.EACCES) {
+		return fmt.Errorf("needs CAP_NET_ADMIN: %w: %w", err, errdefs.ErrPermissionDenied)
+	}
+	return err
+}
+
+// lock serialises changes with other processes of the instance.
+func (t *Table) lock() (unlock func(), err error) {
+	t.mu.Lock()
+	if t.cfg.Lock == "" {
+		return t.mu.Unlock, nil
+	}
+	f, err := os.OpenFile(t.cfg.Lock, os.O_RDWR|os.O_CREATE|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		t.mu.Unlock()
+		return nil, fmt.Errorf("open lock of nftables table: %w", err)
+	}
+	for {
+		err = unix.Flock(int(f.Fd()), unix.LOCK_EX)
+		if err != unix.EINTR {
+			break
+		}
+	}
+	if err != nil {
+		f.Close()
+		t.mu.Unlock()
+		return nil, fmt.Errorf("lock nftables table: %w", err)
+	}
+	return func() { f.Close(); t.mu.Unlock() }, nil
+}
+
+// Masquerade makes the table say: what comes from pods and goes to none of inside is masqueraded.
+// pods and inside replace those of an earlier call. The pods' ranges count as inside.
+func (t *Table) Masquerade(pods, inside []netip.Prefix) error {
+	unlock, err := t.lock()
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	t.pods, t.inside = pods, inside
+	c, err := t.conn()
+	if err != nil {
+		return err
+	}
+	t.base(c)
+	if err := t.ranges(c); err != nil {
+		return err
+	}
+	t.masqueradeChain(c)
+	if err := c.Flush(); err != nil {
+		return fmt.Errorf("set up masquerade in nftables table %s: %w", t.cfg.Table, unsupported(err))
+	}
+	t.masq = true
+	return nil
+}
+
+// Ranges tells the table the pods' ranges when there is no masquerade: host ports need them.
+func (t *Table) Ranges(pods []netip.Prefix) {
+	t.mu.Lock()
+	t.pods = pods
+	t.mu.Unlock()
+}
+
+// base puts the table and its sets into the transaction.
+func (t *Table) base(c *nftables.Conn) {
+	c.AddTable(t.set.table)
+	for _, s := range t.set.all() {
+		_ = c.AddSet(s, nil)
+	}
+}
+
+// ranges puts the address sets into the transaction.
+func (t *Table) ranges(c *nftables.Conn) error {
+	for _, f := range families {
+		inside := append([]netip.Prefix{f.multicast}, t.pods...)
+		inside = append(inside, t.inside...)
+		for _, s := range []struct {
+			set *nftables.Set
+			all []netip.Prefix
+		}{{t.set.pods[f.i], t.pods}, {t.set.inside[f.i], inside}} {
+			c.FlushSet(s.set)
+			if elems := intervals(s.all, f.v4); len(elems) > 0 {
+				if err := c.SetAddElements(s.set, elems); err != nil {
+					return fmt.Errorf("encode address ranges: %w", err)
+				}
+			}
+		}
+	}
+	return nil
+}
+
+// preparePorts puts the chains of host ports in place, once.
+func (t *Table) preparePorts() error {
+	if t.ports {
+		return nil
+	}
+	c, err := t.conn()
+	if err != nil {
+		return err
+	}
+	t.base(c)
+	if !t.masq {
+		if err := t.ranges(c); err != nil {
+			return err
+		}
+	}
+	t.portChains(c)
+	if err := c.Flush(); err != nil {
+		return fmt.Errorf("set up host ports in nftables table %s: %w", t.cfg.Table, unsupported(err))
+	}
+	t.ports = true
+	return nil
+}
+
+// Add makes the ports lead to the pod that has ips. All of them or none.
+//
+// Errors: InvalidArgument for an unknown protocol or a host address of a family that the pod has
+// not; AlreadyExists if another pod has one of the ports; FailedPrecondition without nftables.
+func (t *Table) Add(ports []Port, ips []netip.Addr) error {
+	if len(ports) == 0 {
+		return nil
+	}
+	want, err := elements(ports, ips)
+	if err != nil {
+		return err
+	}
+	unlock, err := t.lock()
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	err = t.add(want, ports)
+	if errors.Is(err, fs.ErrNotExist) && t.ports {
+		// Somebody removed our table (nft flush ruleset). Once more from the start.
+		t.ports = false
+		if t.masq {
+			if c, cerr := t.conn(); cerr == nil {
+				t.base(c)
+				if t.ranges(c) == nil {
+					t.masqueradeChain(c)
+					_ = c.Flush()
+				}
+			}
+		}
+		err = t.add(want, ports)
+	}
+	return err
+}
+
+func (t *Table) add(want []element, ports []Port) error {
+	if err := t.preparePorts(); err != nil {
+		return err
+	}
+	c, err := t.conn()
+	if err != nil {
+		return err
+	}
+	have, err := t.dump(c)
+	if err != nil {
+		return err
+	}
+	if err := conflict(want, have); err != nil {
+		return err
+	}
+	if err := t.change(c, nil, want); err != nil {
+		if errors.Is(err, unix.EBUSY) || errors.Is(err, unix.EEXIST) {
+			return fmt.Errorf("host ports %s: taken meanwhile: %w", text(ports), errdefs.ErrAlreadyExists)
+		}
+		return fmt.Errorf("add host ports %s: %w", text(ports), err)
+	}
+	if err := t.forgetUDP(want); err != nil {
+		t.cfg.Log.Warn("connections that began before a UDP host port was added may miss it", "err", err)
+	}
+	return nil
+}
+
+// Remove takes away every element that leads to one of ips. Nothing there is success, and so is no table.
+func (t *Table) Remove(ips []netip.Addr) error {
+	if len(ips) == 0 {
+		return nil
+	}
+	gone := map[netip.Addr]bool{}
+	for _, ip := range ips {
+		gone[ip] = true
+	}
+	return t.prune(func(e element) bool { return gone[e.pod] })
+}
+
+func (t *Table) prune(drop func(element) bool) error {
+	unlock, err := t.lock()
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	c, err := t.conn()
+	if err != nil {
+		if errors.Is(err, errdefs.ErrFailedPrecondition) {
+			return nil
+		}
+		return err
+	}
+	have, err := t.dump(c)
+	if err != nil {
+		return err
+	}
+	var del []element
+	for _, e := range have {
+		if drop(e) {
+			del = append(del, e)
+		}
+	}
+	if len(del) == 0 {
+		return nil
+	}
+	if err := t.change(c, del, nil); err != nil {
+		return fmt.Errorf("remove host ports: %w", err)
+	}
+	if err := t.forgetUDP(del); err != nil {
+		t.cfg.Log.Warn("connections to a removed UDP host port may linger", "err", err)
+	}
+	return nil
+}
+
+// Pod is what Sync is told of one pod.
+type Pod struct {
+	IPs   []netip.Addr
+	Ports []Port
+}
+
+// Sync makes the host ports those of pods and no others. Ports that two pods want stay with the
+// first of them; the error names the rest.
+func (t *Table) Sync(pods []Pod) error {
+	var want []element
+	var errs []error
+	for _, p := range pods {
+		e, err := elements(p.Ports, p.IPs)
+		if err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		if err := conflict(e, want); err != nil {
+			errs = append(errs, err)
+			continue
+		}
+		want = append(want, e...)
+	}
+	wanted := map[element]bool{}
+	for _, e := range want {
+		wanted[e] = true
+	}
+	if err := t.prune(func(e element) bool { return !wanted[e] }); err != nil {
+		return errors.Join(append(errs, err)...)
+	}
+	if len(want) > 0 {
+		if err := t.restore(want); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (t *Table) restore(want []element) error {
+	unlock, err := t.lock()
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	// After a restart the chains may be those of an older program: lay them anew.
+	t.ports = false
+	if err := t.preparePorts(); err != nil {
+		return err
+	}
+	c, err := t.conn()
+	if err != nil {
+		return err
+	}
+	if err := t.change(c, nil, want); err != nil {
+		return fmt.Errorf("restore host ports: %w", err)
+	}
+	return nil
+}
+
+// Destroy removes the table. None is success.
+func (t *Table) Destroy() error {
+	unlock, err := t.lock()
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	t.masq, t.ports = false, false
+	c, err := t.conn()
+	if err != nil {
+		if errors.Is(err, errdefs.ErrFailedPrecondition) {
+			return nil
+		}
+		return err
+	}
+	c.DelTable(t.set.table)
+	if err := c.Flush(); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(unsupported(err), errdefs.ErrFailedPrecondition) {
+		return fmt.Errorf("remove nftables table %s: %w", t.cfg.Table, err)
+	}
+	return nil
+}
+
+// change deletes and adds elements in one transaction.
+func (t *Table) change(c *nftables.Conn, del, add []element) error {
+	for _, e := range del {
+		s, el := t.set.encode(e)
+		if err := c.SetDeleteElements(s, []nftables.SetElement{el}); err != nil {
+			return err
+		}
+	}
+	// One message per set.
+	bySet := map[*nftables.Set][]nftables.SetElement{}
+	for _, e := range add {
+		s, el := t.set.encode(e)
+		bySet[s] = append(bySet[s], el)
+	}
+	for _, s := range t.set.all() {
+		if len(bySet[s]) > 0 {
+			if err := c.SetAddElements(s, bySet[s]); err != nil {
+				return err
+			}
+		}
+	}
+	return c.Flush()
+}
+
+// dump lists the elements in the kernel; no table is an empty list.
+func (t *Table) dump(c *nftables.Conn) ([]element, error) {
+	var all []element
+	for _, s := range t.set.ports() {
+		elems, err := c.GetSetElements(s)
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil, nil
+		}
+		if err != nil {
+			return nil, fmt.Errorf("list nftables set %s: %w", s.Name, unsupported(err))
+		}
+		for _, el := range elems {
+			if e, ok := t.set.decode(s, el); ok {
+				all = append(all, e)
+			}
+		}
+	}
+	sort.Slice(all, func(i, j int) bool { return all[i].less(all[j]) })
+	return all, nil
+}

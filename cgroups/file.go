@@ -22,6 +22,8 @@ type reader struct {
 // a device; procs files are read elsewhere.
 const maxFile = 1 << 20
 
+const halfPage = 2048
+
 var readers = sync.Pool{New: func() any {
 	return &reader{path: make([]byte, 0, 256), buf: make([]byte, 16<<10)}
 }}
@@ -49,9 +51,9 @@ func (r *reader) read(dir, name string) ([]byte, error) {
 			return nil, r.pathError("read", err)
 		}
 		n += m
-		// kernfs gives a whole record a read: a short one is the last unless
-		// the buffer's end cut it, so the second read is saved for most files.
-		if m == 0 || (n < len(r.buf)/2 && r.buf[n-1] == '\n') {
+		// The kernel fills at least most of a page if there is more to come
+		// (seq_file), so a shorter read was the last: no second one for most.
+		if m < halfPage {
 			return r.buf[:n], nil
 		}
 	}

@@ -1,13 +1,14 @@
 package cgroups
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
+	"os"
 	"slices"
 	"time"
 
 	"github.com/containerd/errdefs"
-	ocicgroups "github.com/opencontainers/cgroups"
 	"golang.org/x/sys/unix"
 
 	"github.com/nodeagent/nodeagent/metrics/sample"
@@ -404,19 +405,76 @@ func (g Group) readPSI(r *reader, s *Stats, want sample.Set) error {
 	return nil
 }
 
-// Pids lists the processes of the group and of those below it.
+// Pids appends the processes of the group and of those below it to pids.
 //
 // Errors: NotFound if the group is gone.
-func (g Group) Pids() ([]int, error) {
+func (g Group) Pids(pids []int) ([]int, error) {
+	err := g.processes(func(b []byte) error {
+		for line, rest := nextLine(b); line != nil; line, rest = nextLine(rest) {
+			pid, err := parseUint(line)
+			if err != nil {
+				return err
+			}
+			pids = append(pids, int(pid))
+		}
+		return nil
+	})
+	return pids, err
+}
+
+// Processes counts the processes of the group and of those below it.
+//
+// Errors: NotFound if the group is gone.
+func (g Group) Processes() (uint64, error) {
+	n := 0
+	err := g.processes(func(b []byte) error {
+		n += bytes.Count(b, []byte{'\n'})
+		return nil
+	})
+	return uint64(n), err
+}
+
+// processes hands each process list of the group's tree to visit.
+func (g Group) processes(visit func([]byte) error) error {
 	dir := firstOf(g.pids, g.memory, g.cpuacct, g.unified)
-	pids, err := ocicgroups.GetAllPids(dir)
-	if gone(err) || dir == "" {
+	if dir == "" {
+		return fmt.Errorf("list processes of cgroup: none is known: %w", errdefs.ErrNotFound)
+	}
+	r := readers.Get().(*reader)
+	defer readers.Put(r)
+	err := r.procs(dir, visit)
+	if gone(err) {
 		err = errdefs.ErrNotFound
 	}
 	if err != nil {
-		return nil, fmt.Errorf("list processes of cgroup %s: %w", dir, err)
+		return fmt.Errorf("list processes of cgroup %s: %w", dir, err)
 	}
-	return pids, nil
+	return nil
+}
+
+// procs visits the process list of dir and of those below.
+func (r *reader) procs(dir string, visit func([]byte) error) error {
+	b, err := r.read(dir, "cgroup.procs")
+	if errors.Is(err, unix.EOPNOTSUPP) {
+		b, err = nil, nil // a threaded group (v2): its processes count above
+	}
+	if err == nil {
+		err = visit(b)
+	}
+	var st unix.Stat_t
+	if err != nil || unix.Stat(dir, &st) != nil || st.Nlink <= 2 {
+		return err
+	}
+	entries, err := os.ReadDir(dir)
+	for _, e := range entries {
+		if !e.IsDir() {
+			continue
+		}
+		if err := r.procs(join(dir, e.Name()), visit); err != nil && !gone(err) {
+			return err
+		}
+	}
+	return err
 }
 
 // OOMKills counts the processes of the group that the OOM killer took.

@@ -222,9 +222,13 @@ func TestRemoveBusy(t *testing.T) {
 		t.Errorf("remove with a process in it: %v, want FailedPrecondition", err)
 	}
 	g, _ := m.Resolve(parent, "c1")
-	pids, err := g.Pids()
+	pids, err := g.Pids(nil)
 	if err != nil || len(pids) != 1 || pids[0] != c.Process.Pid {
 		t.Errorf("pids %v, %v; want %d", pids, err, c.Process.Pid)
+	}
+	pod, _ := m.Resolve(parent, "")
+	if n, err := pod.Processes(); err != nil || n != 1 {
+		t.Errorf("%d processes in the pod, %v", n, err)
 	}
 }
 

@@ -121,3 +121,87 @@ type PressureLine struct {
 	Avg10, Avg60, Avg300 float64
 	Total                uint64
 }
+
+// PodTarget names a pod to be sampled: where its figures are to be found.
+type PodTarget struct {
+	ID, Name, Namespace, UID string
+
+	CreatedAt    time.Time
+	CgroupParent string // as cgroups.PodParent gave it
+	// Netns is the path of the pod's network namespace; "" is the host's, and
+	// then the pod has no network figures of its own.
+	Netns string
+	// HostInterface is the host's end of the pod's only link, if the built-in
+	// network made it; its counters are read instead of entering Netns.
+	HostInterface string
+
+	Containers []ContainerTarget
+}
+
+// ContainerTarget names a container that runs.
+type ContainerTarget struct {
+	ID, Name, Image string
+	StartedAt       time.Time
+	Pid             int // its first process; 0 is unknown
+}
+
+// Pod is what one pod used. Samples are shared: do not change them.
+type Pod struct {
+	Target  PodTarget
+	Cgroup  Cgroup   // Have is 0 if the pod has no group of its own
+	Rate    Rate     // of Cgroup.CPU.Usage
+	Network *Network // nil: not asked for, host network, or not to be had
+	// Processes in the pod's group; 0 if Cgroup.Have is.
+	Processes  uint64
+	Containers []*Container
+}
+
+// Container is what one container used.
+type Container struct {
+	Target   ContainerTarget
+	Cgroup   Cgroup // Have is 0 if the container does not run
+	Rate     Rate
+	Writable *Filesystem // nil: not known (yet)
+	Process  Process     // only in a full sample
+}
+
+// Rate is CPU use over a time.
+type Rate struct {
+	Valid     bool
+	NanoCores uint64        // ns of CPU time a second, over all cores
+	Window    time.Duration // over which it was measured
+}
+
+// Filesystem is the use of a writable layer and of the filesystem it is on.
+type Filesystem struct {
+	Time       time.Time // when the layer was measured
+	Mountpoint string
+	UsedBytes  uint64 // of the layer
+	UsedInodes uint64
+
+	LimitBytes, TotalInodes, FreeInodes uint64 // of the filesystem
+}
+
+// Network has the counters of a pod's interfaces, without loopback, as the pod
+// sees them.
+type Network struct {
+	Time       time.Time
+	Interfaces []Interface // the default one first
+}
+
+// Interface counts since the interface was made.
+type Interface struct {
+	Name   string
+	Rx, Tx Traffic
+}
+
+// Traffic of one direction.
+type Traffic struct {
+	Bytes, Packets, Errors, Dropped uint64
+}
+
+// Process counts what the processes of a container hold.
+type Process struct {
+	Processes, FDs, Sockets uint64
+	OpenFilesSoft           uint64 // RLIMIT_NOFILE of its first process; 0 is unknown
+}

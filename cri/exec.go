@@ -4,7 +4,6 @@ import (
 	"context"
 	"fmt"
 
-	"github.com/containerd/errdefs"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/nodeagent/nodeagent/cri/spec"
@@ -16,8 +15,8 @@ func (s *Server) ExecSync(ctx context.Context, r *runtimeapi.ExecSyncRequest) (*
 	if err != nil {
 		return nil, fmt.Errorf("exec in container: %w", err)
 	}
-	if len(r.GetCmd()) == 0 {
-		return nil, fmt.Errorf("exec in container %s: %w", c.id, badField("cmd", "", "a command"))
+	if err := spec.CheckExec(r.GetCmd()); err != nil {
+		return nil, fmt.Errorf("exec in container %s: %w", c.id, err)
 	}
 	if r.GetTimeout() < 0 {
 		return nil, fmt.Errorf("exec in container %s: %w", c.id, badField("timeout", r.GetTimeout(), "0 (none) or more seconds"))

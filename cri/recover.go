@@ -10,8 +10,6 @@ import (
 	"slices"
 
 	"github.com/containerd/errdefs"
-	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
-
 	"github.com/nodeagent/nodeagent/cri/store"
 )
 
@@ -33,8 +31,8 @@ func (s *Server) Recover(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("recover: %w", err)
 	}
-	for id, err := range refused {
-		s.log.Error("a record cannot be read; it is kept, and what belongs to it is left alone", "id", id, "err", err)
+	for id, r := range refused {
+		s.log.Error("a record cannot be read; it is kept, and what belongs to it is left alone", "id", id, "err", r.Err)
 	}
 	intents, junk, err := s.readIntents()
 	if err != nil {
@@ -53,6 +51,10 @@ func (s *Server) Recover(ctx context.Context) error {
 	}
 	s.log.Info("recovering", "sandboxes", len(sandboxes), "containers", len(containers), "processes", len(processes), "intents", len(intents), "rebooted", rebooted)
 
+	// First, because it makes the paths of pinned namespaces valid again.
+	if err := s.reconcileNamespaces(ctx, sandboxes, refused); err != nil {
+		return fmt.Errorf("recover: %w", err)
+	}
 	s.adoptSandboxes(sandboxes, live)
 	s.adoptContainers(ctx, containers, live, refused)
 	s.dropForeign(ctx, live, refused)
@@ -117,15 +119,15 @@ func (s *Server) adoptSandboxes(records []*store.Sandbox, live map[string]Proces
 	}
 }
 
-func (s *Server) adoptContainers(ctx context.Context, records []*store.Container, live map[string]Process, refused map[string]error) {
+func (s *Server) adoptContainers(ctx context.Context, records []*store.Container, live map[string]Process, refused map[string]store.Refused) {
 	slices.SortFunc(records, func(a, b *store.Container) int {
 		return cmp.Or(a.CreatedAt.Compare(b.CreatedAt), cmp.Compare(a.ID, b.ID))
 	})
 	for _, rec := range records {
 		b, err := s.sandboxes.Get(rec.SandboxID)
 		if err != nil || b.id != rec.SandboxID {
-			if refused[rec.SandboxID] != nil {
-				refused[rec.ID] = errdefs.ErrFailedPrecondition // kept with its sandbox
+			if _, kept := refused[rec.SandboxID]; kept { // so is this
+				refused[rec.ID] = store.Refused{Err: err, Images: append([]string{rec.ImageID}, rec.ImageVolumes...)}
 				continue
 			}
 			s.log.Warn("a container's sandbox has no record; the container is removed", "container", rec.ID, "sandbox", rec.SandboxID)
@@ -175,9 +177,12 @@ func (s *Server) refreshFacts(ctx context.Context, rec *store.Container, boot st
 }
 
 // dropForeign removes processes that belong to no record.
-func (s *Server) dropForeign(ctx context.Context, live map[string]Process, refused map[string]error) {
+func (s *Server) dropForeign(ctx context.Context, live map[string]Process, refused map[string]store.Refused) {
 	for id := range live {
-		if _, err := s.containers.Get(id); err == nil || refused[id] != nil {
+		if _, kept := refused[id]; kept {
+			continue
+		}
+		if _, err := s.containers.Get(id); err == nil {
 			continue
 		}
 		if _, err := s.sandboxes.Get(id); err == nil {
@@ -193,10 +198,10 @@ func (s *Server) dropForeign(ctx context.Context, live map[string]Process, refus
 
 // dropHalfMade removes what has an intent and no record, and finishes removals
 // that were begun.
-func (s *Server) dropHalfMade(ctx context.Context, intents []intent, refused map[string]error) {
+func (s *Server) dropHalfMade(ctx context.Context, intents []intent, refused map[string]store.Refused) {
 	slices.SortFunc(intents, func(a, b intent) int { return cmp.Compare(a.Kind, b.Kind) }) // containers first
 	for _, in := range intents {
-		if refused[in.ID] != nil {
+		if _, kept := refused[in.ID]; kept {
 			continue
 		}
 		if c, err := s.containers.Get(in.ID); err == nil {
@@ -272,27 +277,40 @@ func (s *Server) finish(ctx context.Context, what, id string, do func(context.Co
 	s.log.Info("cleaned", "what", what, "id", id)
 }
 
-// reconcile has every part give back what belongs to no living object.
-func (s *Server) reconcile(ctx context.Context, refused map[string]error) error {
-	if len(refused) > 0 {
-		// Whose addresses, mounts and namespaces those are cannot be told.
-		s.log.Error("there are records that cannot be read: nothing is given back that might belong to them", "records", len(refused))
+// reconcileNamespaces keeps the namespaces of all sandboxes of this boot.
+func (s *Server) reconcileNamespaces(ctx context.Context, records []*store.Sandbox, refused map[string]store.Refused) error {
+	var keep []string
+	for _, rec := range records {
+		if rec.Boot == s.boot && rec.Namespaces.ID != "" {
+			keep = append(keep, rec.Namespaces.ID)
+		}
+	}
+	for _, r := range refused {
+		if r.NamespaceID != "" {
+			keep = append(keep, r.NamespaceID)
+		}
+	}
+	err := s.cfg.Namespaces.Reconcile(ctx, keep)
+	if errdefs.IsNotFound(err) {
+		s.log.Info("some sandboxes have no namespaces any more", "err", err) // stopped, or lost: adoptSandboxes looks
 		return nil
 	}
+	return err
+}
+
+// reconcile has the network and the root filesystems give back what belongs to
+// no living object.
+func (s *Server) reconcile(ctx context.Context, refused map[string]store.Refused) error {
 	var requests []NetworkRequest
 	results := map[string]NetworkResult{}
-	var namespaces []string
 	for _, b := range s.sandboxes.All() {
 		rec := b.record()
-		if rec.Boot != s.boot || b.state() != runtimeapi.PodSandboxState_SANDBOX_READY && s.isClean(b) {
+		if rec.Boot != s.boot || s.isClean(b) {
 			continue
 		}
 		if !hostNetwork(rec.Config) {
 			requests = append(requests, s.networkRequest(rec))
 			results[rec.ID] = networkResult(rec.Network)
-		}
-		if rec.Namespaces.ID != "" {
-			namespaces = append(namespaces, rec.Namespaces.ID)
 		}
 		if b.usable() == nil {
 			// Count it as a user of its cgroup again.
@@ -310,12 +328,16 @@ func (s *Server) reconcile(ctx context.Context, refused map[string]error) error 
 		rec := c.record()
 		images[rec.ID] = append([]string{rec.ImageID}, rec.ImageVolumes...)
 	}
-	return errors.Join(
-		s.cfg.Rootfs.Restore(ctx, images),
-		s.cfg.Network.Reconcile(ctx, requests, results),
-		s.cfg.Namespaces.Reconcile(ctx, namespaces),
-		s.sweepSandboxDirs(),
-	)
+	for id, r := range refused {
+		images[id] = r.Images // sandboxes too; nothing of the kind is there
+	}
+	err := errors.Join(s.cfg.Rootfs.Restore(ctx, images), s.sweepSandboxDirs(refused))
+	if len(refused) > 0 {
+		// Whose addresses those are cannot be told.
+		s.log.Error("there are records that cannot be read: no address is given back that might belong to them", "records", len(refused))
+		return err
+	}
+	return errors.Join(err, s.cfg.Network.Reconcile(ctx, requests, results))
 }
 
 // isClean reports whether a stopped sandbox has nothing left in the kernel.
@@ -326,7 +348,7 @@ func (s *Server) isClean(b *sandbox) bool {
 }
 
 // sweepSandboxDirs removes directories of sandboxes that do not exist.
-func (s *Server) sweepSandboxDirs() error {
+func (s *Server) sweepSandboxDirs(refused map[string]store.Refused) error {
 	dir := filepath.Join(s.cfg.State, "sandboxes")
 	entries, err := os.ReadDir(dir)
 	if err != nil {
@@ -334,6 +356,9 @@ func (s *Server) sweepSandboxDirs() error {
 	}
 	var errs []error
 	for _, e := range entries {
+		if _, kept := refused[e.Name()]; kept {
+			continue
+		}
 		if b, err := s.sandboxes.Get(e.Name()); err == nil && b.id == e.Name() {
 			continue
 		}

@@ -2,6 +2,7 @@ package store
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -183,10 +184,32 @@ func (d *DB) Spec(id string) ([]byte, error) {
 	return spec, err
 }
 
+// Refused is a record that cannot be read, and what it holds on to as far as
+// that can be told.
+type Refused struct {
+	Err         error
+	NamespaceID string
+	Images      []string // IDs, that of the root filesystem first
+}
+
+func refuse(data []byte, err error) Refused {
+	var r struct {
+		Namespaces Namespaces `json:"namespaces"`
+		ImageID    string     `json:"imageID"`
+		Volumes    []string   `json:"imageVolumes"`
+	}
+	_ = json.Unmarshal(data, &r) // a guess is better than nothing
+	out := Refused{Err: err, NamespaceID: r.Namespaces.ID}
+	if r.ImageID != "" {
+		out.Images = append([]string{r.ImageID}, r.Volumes...)
+	}
+	return out
+}
+
 // Load reads every record. Records that cannot be read are returned by key in
 // refused, with the reason; they stay on disk.
-func (d *DB) Load() (sandboxes []*Sandbox, containers []*Container, refused map[string]error, err error) {
-	refused = map[string]error{}
+func (d *DB) Load() (sandboxes []*Sandbox, containers []*Container, refused map[string]Refused, err error) {
+	refused = map[string]Refused{}
 	err = d.bolt.View(func(tx *bbolt.Tx) error {
 		err := tx.Bucket(bucketSandboxes).ForEach(func(k, v []byte) error {
 			s, err := DecodeSandbox(v)
@@ -194,7 +217,7 @@ func (d *DB) Load() (sandboxes []*Sandbox, containers []*Container, refused map[
 				err = fmt.Errorf("decode sandbox record: it says id %q: %w", s.ID, errdefs.ErrInvalidArgument)
 			}
 			if err != nil {
-				refused[string(k)] = err
+				refused[string(k)] = refuse(v, err)
 				return nil
 			}
 			sandboxes = append(sandboxes, s)
@@ -209,7 +232,7 @@ func (d *DB) Load() (sandboxes []*Sandbox, containers []*Container, refused map[
 				err = fmt.Errorf("decode container record: it says id %q: %w", c.ID, errdefs.ErrInvalidArgument)
 			}
 			if err != nil {
-				refused[string(k)] = err
+				refused[string(k)] = refuse(v, err)
 				return nil
 			}
 			containers = append(containers, c)

@@ -9,6 +9,7 @@ import (
 	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
+	ctdlog "github.com/containerd/log"
 )
 
 // collectDelay gathers removals that come together into one collection.
@@ -246,7 +247,8 @@ func (s *Store) FsInfo(ctx context.Context) (FsUsage, error) {
 	return u, nil
 }
 
-// scoped gives a caller's context our namespace in containerd's schema.
+// scoped gives a caller's context our namespace in containerd's schema, and
+// our log.
 func (s *Store) scoped(ctx context.Context) context.Context {
-	return namespaces.WithNamespace(ctx, namespace)
+	return ctdlog.WithLogger(namespaces.WithNamespace(ctx, namespace), s.libraryLog)
 }

@@ -17,10 +17,10 @@ import (
 	"github.com/containerd/containerd/v2/core/metadata"
 	"github.com/containerd/containerd/v2/core/metadata/boltutil"
 	"github.com/containerd/containerd/v2/core/snapshots"
-	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/containerd/v2/plugins/content/local"
 	"github.com/containerd/containerd/v2/plugins/snapshots/overlay"
 	"github.com/containerd/errdefs"
+	ctdlog "github.com/containerd/log"
 	"github.com/containerd/platforms"
 	bolt "go.etcd.io/bbolt"
 	berrors "go.etcd.io/bbolt/errors"
@@ -92,6 +92,8 @@ type Store struct {
 	platform platforms.MatchComparer
 	pinned   *pinSet
 
+	libraryLog *ctdlog.Entry
+
 	db       *metadata.DB
 	sn       snapshots.Snapshotter // namespaced by db
 	backend  snapshots.Snapshotter
@@ -148,7 +150,8 @@ func New(cfg Config) (*Store, error) {
 		flights:  map[flightKey]*flight{},
 		partial:  map[string]time.Time{},
 	}
-	s.life, s.endLife = context.WithCancel(namespaces.WithNamespace(context.Background(), namespace))
+	s.libraryLog = containerdLog(cfg.Log)
+	s.life, s.endLife = context.WithCancel(s.scoped(context.Background()))
 	if err := s.open(); err != nil {
 		s.endLife()
 		return nil, fmt.Errorf("open image store %q: %w", cfg.Root, err)

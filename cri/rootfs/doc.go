@@ -11,6 +11,7 @@
 // # Layout
 //
 //	Root/containers/<id>/{upper,work}    writable layer
+//	Root/containers/<id>/volumes         anonymous volumes, for the caller
 //	Root/containers/.trash/              what is being deleted
 //	State/containers/<id>/rootfs         the container's mount point
 //	State/containers/<id>/images/<n>/    image volumes

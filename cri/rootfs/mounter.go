@@ -156,7 +156,7 @@ func (m *Mounter) freshDirs(id, target string) error {
 	if err != nil {
 		return err
 	}
-	return errors.Join(os.Mkdir(m.upper(id), 0o755), os.Mkdir(filepath.Join(m.layerDir(id), "work"), 0o711))
+	return errors.Join(os.Mkdir(m.upper(id), 0o755), os.Mkdir(filepath.Join(m.layerDir(id), "work"), 0o711), os.Mkdir(m.VolumeDir(id), 0o711))
 }
 
 // Unmount unmounts all of a container's filesystems, image volumes included,
@@ -180,6 +180,11 @@ func (m *Mounter) Unmount(ctx context.Context, id string) error {
 	m.mu.Unlock()
 	return nil
 }
+
+// VolumeDir is a directory for anonymous volumes of a container (the image
+// config's Volumes). It goes with the writable layer, and counts as little as
+// volumes do in Usage. It exists from Mount to Unmount.
+func (m *Mounter) VolumeDir(id string) string { return filepath.Join(m.layerDir(id), "volumes") }
 
 // unmount takes away every mount on path; one that is busy is detached and
 // goes when its last user does.

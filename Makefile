@@ -66,6 +66,11 @@ build: deps ## build bin/nodeagent, bin/nodeagent-shim, bin/nodeagent-cni
 		-ldflags '-s -w -linkmode external -extldflags "-static"' -o bin/ ./cmd/nodeagent-shim
 	@chown -R --reference=. bin 2>/dev/null || true
 
+# The static program that test images and the demo's image contain.
+.PHONY: testtool
+testtool: deps
+	@CGO_ENABLED=0 $(GOBUILD) -o build/testtool ./test/images/testtool
+
 .PHONY: deps
 deps: $(if $(GO_FOUND),,$(GO_OWN)/bin/go)
 	$(call packages,$(BUILD_PACKAGES))
@@ -88,13 +93,13 @@ $(GO_OWN)/bin/go:
 
 # --- run, test, lint ----------------------------------------------------------
 .PHONY: run
-run: build test-deps ## show it all: daemon, registry, pod; ARGS=--once ends by itself
+run: build testtool test-deps ## show it all: daemon, registry, pod; ARGS=--once ends by itself
 	@$(GOBUILD) -o build/demo ./test/demo
 	@./build/demo $(ARGS)
 
 # Packages share one kernel: two at a time keeps timings honest on two cores.
 .PHONY: test
-test: build test-deps ## run all tests (as root; ARGS are passed to go test)
+test: build testtool test-deps ## run all tests (as root; ARGS are passed to go test)
 	@[ "$$(id -u)" = 0 ] || { echo "the tests make namespaces, mounts and cgroups: run 'sudo make test'" >&2; exit 1; }
 	@start=$$SECONDS; \
 	if $(GO) test -p 2 -timeout 25m $(ARGS) ./...; then \

@@ -123,11 +123,12 @@ func TestShimIsLean(t *testing.T) {
 
 func TestProductDoesNotLinkTests(t *testing.T) {
 	for _, p := range packages(t) {
-		if inAny(p.folder(), []string{"test"}) {
+		if inAny(p.folder(), []string{"test"}) || inAny(p.folder(), testSupport) {
 			continue
 		}
 		for _, imported := range p.Imports {
-			if strings.HasPrefix(imported, module+"test/") || imported == "testing" {
+			own := strings.TrimPrefix(imported, module)
+			if strings.HasPrefix(own, "test/") || inAny(own, testSupport) || imported == "testing" {
 				t.Errorf("%s imports %s", p.folder(), imported)
 			}
 		}

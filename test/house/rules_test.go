@@ -32,7 +32,7 @@ var onlyIn = []struct {
 	folders []string // that may import it
 	why     string
 }{
-	{"google.golang.org/grpc/codes", []string{"cri", "cmd/nodeagent", "test"}, "errors have classes of errdefs; codes are made at the edge"},
+	{"google.golang.org/grpc/codes", []string{"cri", "shim", "cmd/nodeagent", "test"}, "errors have classes of errdefs; codes are made at the edges (gRPC, ttrpc)"},
 	{"github.com/opencontainers/runc/libcontainer", []string{"shim/server", "shim/initmode", "cmd/nodeagent-shim"}, "only the shim runs containers"},
 	{"log", []string{"test"}, "log/slog is handed to constructors"},
 	{"github.com/spf13/cobra", []string{"cmd", "test"}, "commands live in cmd"},
@@ -41,6 +41,9 @@ var onlyIn = []struct {
 
 // badNames say nothing about what a package is for.
 var badNames = []string{"util", "utils", "common", "helper", "helpers", "misc", "shared", "base", "lib"}
+
+// testSupport are folders outside test/ that only tests import.
+var testSupport = []string{"cni/lab"}
 
 // initAllowed are the packages that may have func init, with the reason.
 var initAllowed = map[string]string{
@@ -54,6 +57,7 @@ var writtenVars = map[string]string{}
 // contextFields are structs that may hold a context ("folder.Type"), with the
 // reason.
 var contextFields = map[string]string{
+	"cri/stream.Server":    "sessions outlive the request that asked for their URL",
 	"cri.Server":           "what clients share outlives the call that began it",
 	"cri/images.Store":     "a pull outlives the call that began it, if others wait for it",
 	"cri/images.ctxReader": "io.Reader has no context argument",

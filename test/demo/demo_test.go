@@ -1,0 +1,123 @@
+package main
+
+import (
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/nodeagent/nodeagent/config"
+	"golang.org/x/sys/unix"
+)
+
+// TestMain makes the test binary the demo itself where a test executes it.
+func TestMain(m *testing.M) {
+	if os.Getenv("NODEAGENT_DEMO") != "" {
+		main()
+		os.Exit(0)
+	}
+	os.Exit(m.Run())
+}
+
+// demoCommand is the demo on directories and a network of its own.
+func demoCommand(t *testing.T, args ...string) *exec.Cmd {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	top, err := filepath.Abs("../..")
+	if err != nil {
+		t.Fatal(err)
+	}
+	bin, tool := filepath.Join(top, "bin"), filepath.Join(top, "build/testtool")
+	for _, need := range []string{filepath.Join(bin, "nodeagent"), tool, busybox} {
+		if _, err := os.Stat(need); err != nil {
+			t.Skipf("%v (make build makes it)", err)
+		}
+	}
+	dir, err := os.MkdirTemp("", "nademo") // a short path: sockets are below it
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	text := `apiVersion: nodeagent.dev/v1
+kind: Config
+root: ` + dir + `/root
+state: ` + dir + `/state
+network:
+  name: nademo
+  cniConfDir: ` + dir + `/cni
+  podCIDRs: [10.119.64.0/24, "fd6e:6f64:6561:77::/64"]
+`
+	path := filepath.Join(dir, "config.yaml")
+	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("/proc/self/exe", append([]string{"--config", path, "--bin", bin, "--tool", tool, "--watch", "1s"}, args...)...)
+	cmd.Env = append(os.Environ(), "NODEAGENT_DEMO=1")
+	return cmd
+}
+
+// TestOnce runs the whole show.
+func TestOnce(t *testing.T) {
+	out, err := demoCommand(t, "--once").CombinedOutput()
+	if err != nil {
+		t.Fatalf("%v\n%s", err, out)
+	}
+	for _, want := range []string{"answers CRI v1", "every digest verified", "Hello from a pod", "counter │ 1: ", "exit code 0", "pod network", "nothing left behind"} {
+		if !strings.Contains(string(out), want) {
+			t.Errorf("the show does not have %q:\n%s", want, out)
+		}
+	}
+}
+
+// TestInterrupt: a signal at any time ends in the same clean state.
+func TestInterrupt(t *testing.T) {
+	for _, after := range []time.Duration{50 * time.Millisecond, 300 * time.Millisecond, 700 * time.Millisecond, 3 * time.Second} {
+		t.Run(after.String(), func(t *testing.T) {
+			cmd := demoCommand(t)
+			var out strings.Builder
+			cmd.Stdout, cmd.Stderr = &out, &out
+			if err := cmd.Start(); err != nil {
+				t.Fatal(err)
+			}
+			time.Sleep(after)
+			cmd.Process.Signal(unix.SIGINT)
+			if err := cmd.Wait(); err != nil || !strings.Contains(out.String(), "nothing left behind") {
+				t.Errorf("%v\n%s", err, out.String())
+			}
+		})
+	}
+}
+
+// TestRefusesASecondDaemon: the demo leaves a daemon that it did not start.
+func TestRefusesASecondDaemon(t *testing.T) {
+	first := demoCommand(t)
+	path := first.Args[2]
+	c, err := config.Load(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := first.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer func() {
+		first.Process.Signal(unix.SIGINT)
+		if err := first.Wait(); err != nil {
+			t.Error(err)
+		}
+	}()
+	for deadline := time.Now().Add(30 * time.Second); !answersAt(t.Context(), c.CRI.Socket); time.Sleep(20 * time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the first demo's daemon does not answer")
+		}
+	}
+	second := demoCommand(t)
+	second.Args[2] = path
+	out, err := second.CombinedOutput()
+	if err == nil || !strings.Contains(string(out), "a daemon runs already on "+c.CRI.Socket) {
+		t.Errorf("%v\n%s", err, out)
+	}
+}

@@ -1,0 +1,105 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+
+	"github.com/nodeagent/nodeagent/test/images"
+	"github.com/nodeagent/nodeagent/test/registry"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+const (
+	busybox = "/bin/busybox" // Debian's busybox-static
+	page    = "<h1>Hello from a pod</h1>\n"
+)
+
+// imageServer is a registry on loopback with the demo's image.
+type imageServer struct {
+	server *registry.Server
+	ref    string
+}
+
+// pull makes the image, serves it and lets the daemon fetch it.
+func (d *demo) pull(ctx context.Context) error {
+	s := d.screen
+	s.step("The image", "busybox and our test tool, from a registry on loopback")
+	img, err := buildImage(d.tool)
+	if err != nil {
+		return err
+	}
+	if d.registry, err = serveImage(ctx, img); err != nil {
+		return err
+	}
+	if s.terminal {
+		// Loopback is too fast to see anything: as from a distant registry.
+		d.registry.server.Inject(registry.Fault{Path: regexp.MustCompile("/blobs/"), Rate: 2 << 20})
+	}
+	pull := exec.CommandContext(ctx, filepath.Join(d.binaries, "nodeagent"), "image", "pull", "--config", d.config, d.registry.ref)
+	pull.Stderr = s.out // the progress
+	var said strings.Builder
+	pull.Stdout = &said
+	if err := pull.Run(); err != nil {
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		return fmt.Errorf("pull %s: %w", d.registry.ref, err)
+	}
+	got, err := d.daemon.images.ImageStatus(ctx, &runtimeapi.ImageStatusRequest{Image: &runtimeapi.ImageSpec{Image: d.registry.ref}})
+	if err != nil {
+		return err
+	}
+	if got.Image == nil {
+		return fmt.Errorf("%s was pulled, but the daemon does not know it", d.registry.ref)
+	}
+	s.done("%s, %s in %d layers, every digest verified", d.registry.ref, size(got.Image.Size), len(img.Layers))
+	return nil
+}
+
+// buildImage makes an image of three layers: busybox, the test tool, a page.
+func buildImage(tool string) (images.Image, error) {
+	if _, err := os.Stat(busybox); err != nil {
+		return images.Image{}, errors.New("no " + busybox + ": install Debian's busybox-static")
+	}
+	base := []images.Entry{
+		images.Dir("bin"), images.Dir("etc"), images.Dir("tmp"), images.Dir("www"),
+		images.Executable("bin/busybox", busybox),
+		images.File("etc/passwd", "root:x:0:0:root:/:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n"),
+		images.File("etc/group", "root:x:0:\nnogroup:x:65534:\n"),
+	}
+	for _, applet := range []string{"sh", "cat", "echo", "sleep", "date", "httpd", "wget", "hostname", "id", "ip", "ls", "ps", "top", "vi", "ping", "nslookup", "grep", "env", "free", "df"} {
+		base = append(base, images.Symlink("bin/"+applet, "busybox"))
+	}
+	var layers []images.Layer
+	for _, entries := range [][]images.Entry{
+		base,
+		{images.Executable("bin/testtool", tool)},
+		{images.File("www/index.html", page)},
+	} {
+		l, err := images.NewLayer(images.Gzip, entries...)
+		if err != nil {
+			return images.Image{}, fmt.Errorf("build image: %w", err)
+		}
+		layers = append(layers, l)
+	}
+	return images.New(images.Config{Env: []string{"PATH=/bin"}, Cmd: []string{"sh"}}, layers...)
+}
+
+func serveImage(ctx context.Context, img images.Image) (*imageServer, error) {
+	server, err := registry.Start(registry.Config{})
+	if err != nil {
+		return nil, err
+	}
+	i := &imageServer{server: server, ref: server.Addr + "/demo/hello:1"}
+	if err := images.Push(ctx, i.ref, img); err != nil {
+		server.Close()
+		return nil, err
+	}
+	return i, nil
+}

@@ -1,0 +1,279 @@
+// Package stream serves exec, attach and port-forward: the CRI hands a client
+// (kubelet, crictl) a URL with a random one-time token, and the client comes
+// back on it with SPDY or WebSocket (k8s.io/cri-streaming).
+//
+// The back end gives and takes pipes: the package joins each stream of a
+// client with a pipe, closes what the other side closed (half-close), passes
+// terminal sizes on and turns exit codes into what kubectl and crictl show.
+// Ports are dialled from inside the pod's network namespace, without helper
+// programs.
+//
+// It must not: know what runs behind [Runtime], keep state beyond a session, or
+// let a client that went away hold a descriptor or goroutine.
+// Callers: cri/ for the URLs, main for Run.
+//
+// Goroutines: one per open connection, up to four copies per session. Run waits
+// for the sessions when it ends. Kernel: nothing special.
+package stream
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"net/http"
+	"net/url"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+	"k8s.io/cri-streaming/pkg/streaming"
+	"k8s.io/cri-streaming/pkg/streaming/remotecommand"
+)
+
+// Runtime is what sessions run on; the CRI core meets it.
+type Runtime interface {
+	// Exec starts cmd in a running container. It uses the files while it runs
+	// (the caller closes its copies afterwards) and hands them on as they are.
+	//
+	// Errors: NotFound, FailedPrecondition (not running), InvalidArgument.
+	Exec(ctx context.Context, containerID string, cmd []string, p Pipes) (Session, error)
+	// Attach connects to the stdio of a container's first process.
+	Attach(ctx context.Context, containerID string, p Pipes) (Session, error)
+	// Netns is the path of a ready sandbox's network namespace, "" for the
+	// host's.
+	Netns(ctx context.Context, sandboxID string) (path string, err error)
+}
+
+// Pipes are the ends that the process gets; nil is not wanted.
+type Pipes struct {
+	Stdin, Stdout, Stderr *os.File
+	Terminal              bool
+}
+
+// Session is a running exec or an attach.
+type Session interface {
+	Resize(width, height uint16) error
+	// Wait returns when the process has ended (its exit code) or the attach has
+	// (0).
+	Wait(ctx context.Context) (code int, err error)
+	// Close kills the exec, or detaches. After Wait it only frees.
+	Close() error
+}
+
+// Config of a Server.
+type Config struct {
+	// Addr to listen on; "": 127.0.0.1:0. Clients are kubelet and crictl on
+	// this node.
+	Addr string
+	// BaseURL is what URLs start with, when clients reach the server by another
+	// name than Addr. nil: from the address that is listened on.
+	BaseURL *url.URL
+	TLS     *tls.Config // nil: plain HTTP
+
+	IdleTimeout     time.Duration // closes a silent connection; 0: 4 h
+	CreationTimeout time.Duration // for a client to open its streams; 0: 30 s
+	// DrainTimeout is how long output may be silent after the process has ended
+	// while somebody else (a background child) keeps it open. 0: 500 ms.
+	DrainTimeout time.Duration
+
+	Log *slog.Logger // nil: slog.Default
+}
+
+// Server answers Get requests with URLs and serves them.
+type Server struct {
+	cfg     Config
+	log     *slog.Logger
+	runtime Runtime
+
+	mu     sync.Mutex
+	urls   streaming.Server // nil unless Run is listening
+	cancel context.CancelFunc
+	ctx    context.Context // of Run: ends every session
+	open   sync.WaitGroup  // sessions and their copies
+}
+
+// New checks c and starts nothing.
+func New(c Config, r Runtime) (*Server, error) {
+	if c.Addr == "" {
+		c.Addr = "127.0.0.1:0"
+	}
+	if _, _, err := net.SplitHostPort(c.Addr); err != nil {
+		return nil, fmt.Errorf("streaming address %q: allowed is host:port: %w: %w", c.Addr, err, errdefs.ErrInvalidArgument)
+	}
+	if r == nil {
+		return nil, fmt.Errorf("streaming without a runtime: %w", errdefs.ErrInvalidArgument)
+	}
+	defaultTo(&c.IdleTimeout, streaming.DefaultConfig.StreamIdleTimeout)
+	defaultTo(&c.CreationTimeout, streaming.DefaultConfig.StreamCreationTimeout)
+	defaultTo(&c.DrainTimeout, 500*time.Millisecond)
+	if c.Log == nil {
+		c.Log = slog.Default()
+	}
+	return &Server{cfg: c, log: c.Log, runtime: r}, nil
+}
+
+func defaultTo(d *time.Duration, def time.Duration) {
+	if *d == 0 {
+		*d = def
+	}
+}
+
+// Run listens and serves until ctx ends, then ends every session: execs are
+// killed, attaches detached.
+func (s *Server) Run(ctx context.Context) error {
+	l, err := net.Listen("tcp", s.cfg.Addr)
+	if err != nil {
+		return fmt.Errorf("listen for streams: %w", err)
+	}
+	base := s.cfg.BaseURL
+	if base == nil {
+		base = &url.URL{Scheme: "http", Host: l.Addr().String()}
+		if s.cfg.TLS != nil {
+			base.Scheme = "https"
+		}
+	}
+	c := streaming.DefaultConfig
+	c.BaseURL, c.StreamIdleTimeout, c.StreamCreationTimeout = base, s.cfg.IdleTimeout, s.cfg.CreationTimeout
+	urls, err := streaming.NewServer(c, backend{s})
+	if err != nil {
+		l.Close()
+		return fmt.Errorf("make streaming server: %w", err)
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	s.start(ctx, cancel, urls)
+	defer s.stop()
+
+	srv := &http.Server{
+		Handler:           urls,
+		TLSConfig:         s.cfg.TLS,
+		ReadHeaderTimeout: 30 * time.Second,
+		BaseContext:       func(net.Listener) context.Context { return ctx },
+		ConnContext:       withConnection,
+		ErrorLog:          slog.NewLogLogger(s.log.Handler(), slog.LevelDebug),
+	}
+	stopped := context.AfterFunc(ctx, func() { srv.Close() })
+	defer stopped()
+	l = watchedListener{l}
+	if s.cfg.TLS != nil {
+		err = srv.ServeTLS(l, "", "")
+	} else {
+		err = srv.Serve(l)
+	}
+	if errors.Is(err, http.ErrServerClosed) && ctx.Err() != nil {
+		return nil
+	}
+	return fmt.Errorf("serve streams on %s: %w", l.Addr(), err)
+}
+
+func (s *Server) start(ctx context.Context, cancel context.CancelFunc, urls streaming.Server) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.ctx, s.cancel, s.urls = ctx, cancel, urls
+}
+
+// stop refuses new sessions and waits for the open ones.
+func (s *Server) stop() {
+	s.mu.Lock()
+	s.cancel()
+	s.urls = nil
+	s.mu.Unlock()
+	s.open.Wait()
+}
+
+// begin counts a session in; false when the server has stopped. ctx ends with
+// the client's request or the server.
+func (s *Server) begin(req context.Context) (ctx context.Context, end func(), ok bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.urls == nil || s.ctx.Err() != nil {
+		return nil, nil, false
+	}
+	s.open.Add(1)
+	ctx, cancel := context.WithCancel(req)
+	unlink := context.AfterFunc(s.ctx, cancel)
+	return ctx, func() {
+		unlink()
+		cancel()
+		s.open.Done()
+	}, true
+}
+
+func (s *Server) listening() (streaming.Server, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.urls == nil {
+		return nil, fmt.Errorf("streaming server is not listening: %w", errdefs.ErrUnavailable)
+	}
+	return s.urls, nil
+}
+
+// GetExec returns a URL that is good for one connection within a minute.
+//
+// Errors: Unavailable before Run; gRPC InvalidArgument for wrong requests,
+// ResourceExhausted with 1,000 unused URLs.
+func (s *Server) GetExec(r *runtimeapi.ExecRequest) (*runtimeapi.ExecResponse, error) {
+	u, err := s.listening()
+	if err != nil {
+		return nil, err
+	}
+	return u.GetExec(r)
+}
+
+// GetAttach is like GetExec.
+func (s *Server) GetAttach(r *runtimeapi.AttachRequest) (*runtimeapi.AttachResponse, error) {
+	u, err := s.listening()
+	if err != nil {
+		return nil, err
+	}
+	return u.GetAttach(r)
+}
+
+// GetPortForward is like GetExec.
+func (s *Server) GetPortForward(r *runtimeapi.PortForwardRequest) (*runtimeapi.PortForwardResponse, error) {
+	u, err := s.listening()
+	if err != nil {
+		return nil, err
+	}
+	return u.GetPortForward(r)
+}
+
+// backend is the Server as k8s.io/cri-streaming wants it.
+type backend struct{ s *Server }
+
+var _ streaming.Runtime = backend{}
+
+func (b backend) Exec(ctx context.Context, id string, cmd []string, in io.Reader, out, errw io.WriteCloser, tty bool, resize <-chan remotecommand.TerminalSize) error {
+	return b.s.session(ctx, clientStreams{in: in, out: out, err: errw, tty: tty, resize: resize}, func(ctx context.Context, p Pipes) (Session, error) {
+		return b.s.runtime.Exec(ctx, id, cmd, p)
+	})
+}
+
+func (b backend) Attach(ctx context.Context, id string, in io.Reader, out, errw io.WriteCloser, tty bool, resize <-chan remotecommand.TerminalSize) error {
+	return b.s.session(ctx, clientStreams{in: in, out: out, err: errw, tty: tty, resize: resize, attach: true}, func(ctx context.Context, p Pipes) (Session, error) {
+		return b.s.runtime.Attach(ctx, id, p)
+	})
+}
+
+func (b backend) PortForward(ctx context.Context, id string, port int32, stream io.ReadWriteCloser) error {
+	ctx, end, ok := b.s.begin(ctx)
+	if !ok {
+		return errStopping()
+	}
+	defer end()
+	netns, err := b.s.runtime.Netns(ctx, id)
+	if err != nil {
+		return err
+	}
+	return b.s.forward(ctx, netns, port, stream)
+}
+
+func errStopping() error {
+	return fmt.Errorf("streaming server is stopping: %w", errdefs.ErrUnavailable)
+}

@@ -57,6 +57,7 @@ var writtenVars = map[string]string{}
 // contextFields are structs that may hold a context ("folder.Type"), with the
 // reason.
 var contextFields = map[string]string{
+	"metrics.writables":    "measuring goes on after the sample that asked for it",
 	"cri/stream.Server":    "sessions outlive the request that asked for their URL",
 	"cri.Server":           "what clients share outlives the call that began it",
 	"cri/images.Store":     "a pull outlives the call that began it, if others wait for it",

@@ -89,7 +89,7 @@ type Network struct {
 	Name           string         `yaml:"name" doc:"Name of the built-in network; marks its links, nftables table and leases as this daemon's."`
 	CNIConfDir     string         `yaml:"cniConfDir" doc:"Directory with CNI configurations. The first by name is used; none: the built-in network."`
 	CNIBinDirs     []string       `yaml:"cniBinDirs" doc:"Directories with CNI plugin binaries, searched in order."`
-	PodCIDRs       []netip.Prefix `yaml:"podCIDRs" doc:"Ranges the built-in network takes pod addresses from, until a kubelet sets others."`
+	PodCIDRs       []netip.Prefix `yaml:"podCIDRs" doc:"Ranges the built-in network takes pod addresses from. Empty: those a kubelet has set last, until then 10.213.0.0/16 and fd6e:6f64:6561:6765::/64."`
 	MTU            int            `yaml:"mtu" doc:"Of pod interfaces, in bytes; 0 takes that of the default route's interface."`
 	Masquerade     bool           `yaml:"masquerade" doc:"Traffic that leaves the node carries the node's address."`
 	WarmNamespaces int            `yaml:"warmNamespaces" doc:"Wired network namespaces kept ready, so that a pod starts faster."`
@@ -135,10 +135,7 @@ func defaults() Config {
 			Name:       "nodeagent",
 			CNIConfDir: "/etc/cni/net.d",
 			CNIBinDirs: []string{"/opt/cni/bin", "/usr/lib/cni"},
-			PodCIDRs: []netip.Prefix{
-				netip.MustParsePrefix("10.222.0.0/20"),
-				netip.MustParsePrefix("fd6e:6f64:6561::/64"), // "nodea" in ASCII
-			},
+			PodCIDRs:       []netip.Prefix{},
 			Masquerade:     true,
 			WarmNamespaces: 4,
 		},

@@ -107,11 +107,9 @@ func (v *validator) network(n Network) {
 	v.absolute("network.cniConfDir", n.CNIConfDir)
 	v.each("network.cniBinDirs", n.CNIBinDirs, v.absolute)
 	v.podCIDRs(n.PodCIDRs)
-	minMTU, why := 576, "IPv4"
-	for _, p := range n.PodCIDRs {
-		if p.Addr().Is6() {
-			minMTU, why = 1280, "IPv6"
-		}
+	minMTU, why := 1280, "IPv6"
+	if len(n.PodCIDRs) > 0 && !slices.ContainsFunc(n.PodCIDRs, func(p netip.Prefix) bool { return p.Addr().Is6() }) {
+		minMTU, why = 576, "IPv4"
 	}
 	if n.MTU != 0 && (n.MTU < minMTU || n.MTU > 65535) {
 		v.add("network.mtu", "%d is not 0 or from %d (%s needs it) to 65535", n.MTU, minMTU, why)

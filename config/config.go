@@ -132,9 +132,9 @@ func defaults() Config {
 			ProgressTimeout:      time.Minute,
 		},
 		Network: Network{
-			Name:       "nodeagent",
-			CNIConfDir: "/etc/cni/net.d",
-			CNIBinDirs: []string{"/opt/cni/bin", "/usr/lib/cni"},
+			Name:           "nodeagent",
+			CNIConfDir:     "/etc/cni/net.d",
+			CNIBinDirs:     []string{"/opt/cni/bin", "/usr/lib/cni"},
 			PodCIDRs:       []netip.Prefix{},
 			Masquerade:     true,
 			WarmNamespaces: 4,

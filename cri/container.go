@@ -254,17 +254,30 @@ func (s *Server) selectContainers(id, sandboxID string, selector map[string]stri
 	return out
 }
 
-// exitLoop takes facts from the shim until ctx ends.
+// exitLoop takes facts from the shim until ctx ends. It runs from the beginning
+// of Recover on, so that the shim is never held up; what comes before the end
+// of Recover is looked at then.
 func (s *Server) exitLoop(ctx context.Context) {
+	ready := s.ready
+	var early []ProcessExit
 	for {
 		select {
 		case <-ctx.Done():
 			return
-		case e, ok := <-s.cfg.Runtime.Exits():
-			if !ok {
-				return
+		case <-ready:
+			for _, e := range early {
+				s.exited(e)
 			}
-			s.exited(e)
+			ready, early = nil, nil
+		case e, ok := <-s.cfg.Runtime.Exits():
+			switch {
+			case !ok:
+				return
+			case ready != nil:
+				early = append(early, e)
+			default:
+				s.exited(e)
+			}
 		}
 	}
 }
@@ -278,7 +291,11 @@ func (s *Server) exited(e ProcessExit) {
 	}
 	b, err := s.sandboxes.Get(e.ID)
 	if err != nil || b.id != e.ID {
-		return // half-made, or removed already
+		if !s.refused[e.ID] {
+			// Half-made (then the shim refuses to forget it), or removed.
+			s.work.Go(func() { s.forget(e.ID) })
+		}
+		return
 	}
 	b.mu.Lock()
 	lost := !b.stopped
@@ -291,6 +308,15 @@ func (s *Server) exited(e ProcessExit) {
 			s.log.Warn("cannot note that", "sandbox", b.id, "err", err)
 		}
 		s.emit(b, b.id, runtimeapi.ContainerEventType_CONTAINER_STOPPED_EVENT)
+	}
+}
+
+// forget drops the exit record of something that has no record of ours.
+func (s *Server) forget(id string) {
+	ctx, cancel := context.WithTimeout(s.life, undoTimeout)
+	defer cancel()
+	if err := s.cfg.Runtime.Forget(ctx, id); err != nil {
+		s.log.Debug("an exit record of nobody stays", "id", id, "err", err)
 	}
 }
 

@@ -165,7 +165,7 @@ func (s *Server) buildContainer(ctx context.Context, b *sandbox, rec *store.Cont
 	}
 	opts := RootfsOptions{ReadOnly: rec.Config.GetLinux().GetSecurityContext().GetReadonlyRootfs() && in.VolumeDir == ""}
 	if maps != nil {
-		opts.UIDMap, opts.GIDMap = maps.UIDs, maps.GIDs
+		opts.UIDMap, opts.GIDMap, opts.UserNS = maps.UIDs, maps.GIDs, sb.Namespaces.User
 	}
 	u.push("unmount root filesystem", func(ctx context.Context) error { return s.cfg.Rootfs.Unmount(ctx, rec.ID) })
 	if rec.Rootfs, err = s.cfg.Rootfs.Mount(ctx, rec.ID, rec.ImageID, opts); err != nil {

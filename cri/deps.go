@@ -213,6 +213,7 @@ type Rootfs interface {
 type RootfsOptions struct {
 	ReadOnly       bool
 	UIDMap, GIDMap []specs.LinuxIDMapping // of the pod's user namespace
+	UserNS         string                 // its path
 	Label          string                 // SELinux mount label
 }
 

@@ -34,6 +34,10 @@ func (s *Server) Recover(ctx context.Context) error {
 	for id, r := range refused {
 		s.log.Error("a record cannot be read; it is kept, and what belongs to it is left alone", "id", id, "err", r.Err)
 	}
+	for id := range refused {
+		s.refused[id] = true
+	}
+	s.work.Go(func() { s.exitLoop(s.life) })
 	intents, junk, err := s.readIntents()
 	if err != nil {
 		return fmt.Errorf("recover: %w", err)
@@ -66,7 +70,7 @@ func (s *Server) Recover(ctx context.Context) error {
 		return fmt.Errorf("recover: %w", err)
 	}
 	s.finishStops(ctx)
-	s.ready = true
+	close(s.ready)
 	s.log.Info("recovered", "sandboxes", s.sandboxes.Len(), "containers", s.containers.Len())
 	return nil
 }

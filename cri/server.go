@@ -76,8 +76,9 @@ type Server struct {
 
 	life    context.Context // ends with Run; background work of containers
 	endLife context.CancelFunc
-	work    sync.WaitGroup // background work of containers
-	ready   bool           // Recover is done
+	work    sync.WaitGroup  // background work of containers
+	ready   chan struct{}   // closed when Recover is done
+	refused map[string]bool // IDs of records that cannot be read; set by Recover
 }
 
 // New opens the records and checks cfg. It starts nothing; Close undoes it.
@@ -120,6 +121,7 @@ func New(cfg Config) (*Server, error) {
 		containerNames: newNames("container", cfg.Log),
 		events:         newBroadcaster(),
 		janitor:        newJanitor(cfg.Log),
+		ready:          make(chan struct{}), refused: map[string]bool{},
 	}
 	s.life, s.endLife = context.WithCancel(context.Background())
 	return s, nil
@@ -129,12 +131,18 @@ func New(cfg Config) (*Server, error) {
 // streaming server needs the Server to run sessions, hence not in Config.)
 func (s *Server) SetStreams(x Streams) { s.streams = x }
 
-// Close waits for work in flight and closes the records.
-func (s *Server) Close() error {
-	s.endLife()
+// Drain waits for work in flight, rollbacks included, and ends background
+// work. Serve has returned; the runtime must still be there.
+func (s *Server) Drain() {
 	s.sandboxNames.wait()
 	s.containerNames.wait()
+	s.endLife()
 	s.work.Wait()
+}
+
+// Close drains and closes the records.
+func (s *Server) Close() error {
+	s.Drain()
 	return s.db.Close()
 }
 
@@ -149,7 +157,9 @@ func (s *Server) Run(ctx context.Context) error {
 // Serve answers on the socket until ctx ends. Recover comes first. onReady,
 // unless nil, is called once the socket accepts connections.
 func (s *Server) Serve(ctx context.Context, onReady func()) error {
-	if !s.ready {
+	select {
+	case <-s.ready:
+	default:
 		return fmt.Errorf("serve CRI: Recover was not called: %w", errdefs.ErrFailedPrecondition)
 	}
 	ctx, cancel := context.WithCancel(ctx)
@@ -168,7 +178,6 @@ func (s *Server) Serve(ctx context.Context, onReady func()) error {
 	runtimeapi.RegisterImageServiceServer(g, s)
 
 	var wg sync.WaitGroup
-	wg.Go(func() { s.exitLoop(ctx) })
 	wg.Go(func() { s.janitor.run(ctx) })
 	wg.Go(func() {
 		<-ctx.Done()

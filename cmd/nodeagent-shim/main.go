@@ -29,6 +29,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	_ "github.com/nodeagent/nodeagent/shim/initmode"
+	"github.com/nodeagent/nodeagent/shim/pause"
 	"github.com/nodeagent/nodeagent/shim/reaper"
 	"github.com/nodeagent/nodeagent/shim/server"
 )
@@ -85,7 +86,7 @@ func run(log *slog.Logger, state, exits string) error {
 	if err != nil {
 		return err
 	}
-	if err := server.WritePause(filepath.Join(state, "pause")); err != nil {
+	if err := pause.WriteRoot(filepath.Join(state, "pause")); err != nil {
 		return err
 	}
 	if err := s.Adopt(context.Background()); err != nil {

@@ -4,12 +4,16 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"strings"
 	"time"
 
+	"github.com/containerd/containerd/v2/core/content"
 	"github.com/containerd/containerd/v2/core/leases"
 	"github.com/containerd/containerd/v2/pkg/namespaces"
 	"github.com/containerd/errdefs"
 	ctdlog "github.com/containerd/log"
+	"github.com/opencontainers/go-digest"
+	ocispec "github.com/opencontainers/image-spec/specs-go/v1"
 )
 
 // collectDelay gathers removals that come together into one collection.
@@ -109,6 +113,9 @@ func (s *Store) GC(ctx context.Context) error {
 	if _, err := s.db.GarbageCollect(ctx); err != nil {
 		return fmt.Errorf("collect images: %w", err)
 	}
+	if err := s.collectOrphans(ctx); err != nil {
+		return fmt.Errorf("collect orphaned blobs and layers: %w", err)
+	}
 	s.mu.Lock()
 	s.usage = nil
 	s.mu.Unlock()
@@ -142,6 +149,40 @@ func (s *Store) dropViews(ctx context.Context) error {
 			return err
 		}
 	}
+	return nil
+}
+
+// collectOrphans looks, once in a process, for blobs and layers on disk that
+// the metadata does not know: what a killed process has left between a deletion
+// in the metadata and on disk. containerd compares the two only after a
+// deletion, so something is made and deleted.
+func (s *Store) collectOrphans(ctx context.Context) error {
+	s.mu.Lock()
+	swept := s.swept
+	s.mu.Unlock()
+	if swept {
+		return nil
+	}
+	const probe = "collection-probe"
+	desc := ocispec.Descriptor{Digest: digest.FromString(probe), Size: int64(len(probe))}
+	if err := content.WriteBlob(ctx, s.content, probe, strings.NewReader(probe), desc); err != nil {
+		return err
+	}
+	if err := s.content.Delete(ctx, desc.Digest); err != nil && !errdefs.IsNotFound(err) {
+		return err
+	}
+	if _, err := s.sn.Prepare(ctx, probe, ""); err != nil && !errdefs.IsAlreadyExists(err) {
+		return err
+	}
+	if err := s.sn.Remove(ctx, probe); err != nil && !errdefs.IsNotFound(err) {
+		return err
+	}
+	if _, err := s.db.GarbageCollect(ctx); err != nil {
+		return err
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.swept = true
 	return nil
 }
 

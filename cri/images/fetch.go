@@ -245,6 +245,7 @@ func (c *countingSeeker) Seek(offset int64, whence int) (int64, error) {
 	if err == nil {
 		c.of.resumed = c.of.resumed || n > 0
 		c.of.progress.Offset = n
+		c.of.report.jump(c.of.progress)
 	}
 	return n, err
 }
@@ -261,10 +262,21 @@ func (a *applier) Apply(ctx context.Context, desc ocispec.Descriptor, mounts []m
 		p.Offset = n
 		a.report.report(p)
 	}))
-	got, err := a.next.Apply(ctx, desc, mounts, opts...)
+	got, err := a.next.Apply(ctx, desc, intoUpper(mounts), opts...)
 	if err == nil {
 		p.Phase, p.Offset = Unpacked, desc.Size
 		a.report.report(p)
 	}
 	return got, err
+}
+
+// intoUpper turns the bind mount of a lowest layer into the writable directory
+// of an overlay, into which containerd's applier writes without mounting it
+// (as the unpacker does for all other layers). A mount in a temporary directory
+// would outlive us if we were killed.
+func intoUpper(mounts []mount.Mount) []mount.Mount {
+	if len(mounts) != 1 || mounts[0].Type != "bind" {
+		return mounts
+	}
+	return []mount.Mount{{Type: "overlay", Source: "overlay", Options: []string{"upperdir=" + mounts[0].Source}}}
 }

@@ -72,6 +72,14 @@ func (r *reporter) remove(key int) {
 	delete(r.fns, key)
 }
 
+// jump reports even if the last word on the blob is fresh.
+func (r *reporter) jump(p Progress) {
+	r.mu.Lock()
+	delete(r.last, p.Digest)
+	r.mu.Unlock()
+	r.report(p)
+}
+
 func (r *reporter) report(p Progress) {
 	p.Ref = r.ref
 	r.mu.Lock()

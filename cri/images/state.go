@@ -4,8 +4,10 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 
@@ -82,10 +84,11 @@ func (f *stateFile) synced(id string) error {
 	return f.change(func() { delete(f.rec.Unsynced, id); delete(f.rec.Torn, id) })
 }
 
-func (f *stateFile) torn(id string) bool {
+// tornImages are those to unpack again.
+func (f *stateFile) tornImages() []string {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return f.rec.Torn[id]
+	return slices.Sorted(maps.Keys(f.rec.Torn))
 }
 
 func (f *stateFile) change(fn func()) error {

@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -22,6 +23,8 @@ import (
 	"github.com/containerd/errdefs"
 	ctdlog "github.com/containerd/log"
 	"github.com/containerd/platforms"
+	"github.com/opencontainers/go-digest"
+	"github.com/opencontainers/image-spec/identity"
 	bolt "go.etcd.io/bbolt"
 	berrors "go.etcd.io/bbolt/errors"
 	"golang.org/x/sync/semaphore"
@@ -121,6 +124,7 @@ type Store struct {
 	flights  map[flightKey]*flight
 	partial  map[string]time.Time // leases of failed pulls -> when to drop them
 	restored bool
+	swept    bool // the collection that looks for orphans has been
 	closed   bool
 	usage    *FsUsage // cached; nil when something has changed since
 }
@@ -179,6 +183,9 @@ func (s *Store) open() (err error) {
 			bdb.Close()
 		}
 	}()
+	if err := dropTornIngests(filepath.Join(s.cfg.Root, "content", "ingest")); err != nil {
+		return err
+	}
 	cs, err := local.NewStore(filepath.Join(s.cfg.Root, "content"))
 	if err != nil {
 		return fmt.Errorf("open content store: %w", err)
@@ -206,6 +213,25 @@ func (s *Store) open() (err error) {
 	return s.load()
 }
 
+// dropTornIngests removes partial downloads that a killed process had only
+// begun to note down; the content store cannot name them.
+func dropTornIngests(dir string) error {
+	entries, err := os.ReadDir(dir)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return fmt.Errorf("list partial downloads: %w", err)
+	}
+	for _, e := range entries {
+		path := filepath.Join(dir, e.Name())
+		if st, err := os.Stat(filepath.Join(path, "ref")); err == nil && st.Size() > 0 {
+			continue
+		}
+		if err := os.RemoveAll(path); err != nil {
+			return fmt.Errorf("drop partial download: %w", err)
+		}
+	}
+	return nil
+}
+
 // load fills the index from the records. A record whose content is damaged or
 // gone is logged and left alone, invisible.
 func (s *Store) load() error {
@@ -228,7 +254,47 @@ func (s *Store) load() error {
 	for _, l := range old { // of pulls that a former process did not finish
 		s.partial[l.ID] = time.Now().Add(max(s.cfg.KeepPartial, 0))
 	}
+	return s.dropTorn()
+}
+
+// dropTorn forgets the unpacked layers of images that the end of the last boot
+// came too early for. They are unpacked again when first used.
+func (s *Store) dropTorn() error {
+	for _, id := range s.state.tornImages() {
+		if e := s.byID[id]; e != nil {
+			if err := s.dropLayers(e.image); err != nil {
+				return fmt.Errorf("drop unsynced layers of image %q: %w", id, err)
+			}
+			s.log.Warn("layers of image were not synced before the last boot ended, unpacking again", "image", id)
+		}
+		if err := s.state.synced(id); err != nil {
+			return err
+		}
+	}
 	return nil
+}
+
+// dropLayers removes the snapshots of an image from the top down to the first
+// that another image builds on. If that is torn as well, its own turn comes.
+func (s *Store) dropLayers(img Image) error {
+	if err := s.sn.Remove(s.life, viewName(img.ID)); err != nil && !errdefs.IsNotFound(err) {
+		return err
+	}
+	for _, chain := range slices.Backward(chainIDs(img)) {
+		err := s.sn.Remove(s.life, chain.String())
+		if errdefs.IsFailedPrecondition(err) {
+			return nil
+		}
+		if err != nil && !errdefs.IsNotFound(err) {
+			return err
+		}
+	}
+	return nil
+}
+
+// chainIDs name the snapshots of an image's layers, the lowest first.
+func chainIDs(img Image) []digest.Digest {
+	return identity.ChainIDs(slices.Clone(img.Config.RootFS.DiffIDs))
 }
 
 // index notes that name points to img. Callers hold s.mu or are alone.

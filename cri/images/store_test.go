@@ -8,6 +8,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -23,6 +24,7 @@ type fixture struct {
 	store *Store
 	reg   *registry.Server
 	root  string
+	close func() // stops the collector and closes the store; once
 }
 
 type testWriter struct{ t *testing.T }
@@ -61,7 +63,7 @@ func (f *fixture) registry(cfg registry.Config) *registry.Server {
 }
 
 // open opens the store and runs its collector for the rest of the test.
-func (f *fixture) open(change ...func(*Config)) (closeStore func()) {
+func (f *fixture) open(change ...func(*Config)) {
 	f.Helper()
 	cfg := Config{Root: filepath.Join(f.root, "images"), ProgressTimeout: 10 * time.Second, KeepPartial: time.Hour,
 		Log: slog.New(slog.NewTextHandler(testWriter{f.T}, &slog.HandlerOptions{Level: slog.LevelError}))}
@@ -76,19 +78,13 @@ func (f *fixture) open(change ...func(*Config)) (closeStore func()) {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- s.Run(ctx) }()
-	var once bool
-	closeStore = func() {
-		if once {
-			return
-		}
-		once = true
+	f.close = sync.OnceFunc(func() {
 		cancel()
 		if err := errors.Join(<-done, s.Close()); err != nil {
 			f.Errorf("close store: %v", err)
 		}
-	}
-	f.Cleanup(closeStore)
-	return closeStore
+	})
+	f.Cleanup(f.close)
 }
 
 func (f *fixture) ref(name string) string { return f.reg.Addr + "/" + name }

@@ -96,19 +96,23 @@ type onlyWriter struct{ io.Writer }
 //
 // Errors: Unavailable when nothing listens.
 func dialLocalhost(ctx context.Context, netns string, port uint16) (*net.TCPConn, error) {
-	var errs []error
+	var failed error
 	for _, host := range []string{"127.0.0.1", "::1"} {
 		addr := netip.AddrPortFrom(netip.MustParseAddr(host), port)
 		conn, err := dialIn(ctx, netns, addr)
 		if err == nil {
 			return conn, nil
 		}
-		errs = append(errs, fmt.Errorf("dial %s: %w", addr, err))
+		err = fmt.Errorf("dial %s: %w", addr, err)
+		if failed != nil {
+			err = fmt.Errorf("%w; %w", failed, err)
+		}
+		failed = err
 		if ctx.Err() != nil {
 			break
 		}
 	}
-	return nil, fmt.Errorf("connect to port %d of the pod: %w: %w", port, errors.Join(errs...), errdefs.ErrUnavailable)
+	return nil, fmt.Errorf("connect to port %d of the pod: %w: %w", port, failed, errdefs.ErrUnavailable)
 }
 
 // dialIn makes the socket inside the namespace, where it stays, and connects it

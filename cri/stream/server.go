@@ -148,7 +148,8 @@ func (s *Server) Run(ctx context.Context) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	s.start(ctx, cancel, urls)
-	defer s.stop()
+	conns := watch(l)
+	defer s.stop(conns)
 
 	srv := &http.Server{
 		Handler:           urls,
@@ -160,11 +161,10 @@ func (s *Server) Run(ctx context.Context) error {
 	}
 	stopped := context.AfterFunc(ctx, func() { srv.Close() })
 	defer stopped()
-	l = watchedListener{l}
 	if s.cfg.TLS != nil {
-		err = srv.ServeTLS(l, "", "")
+		err = srv.ServeTLS(conns, "", "")
 	} else {
-		err = srv.Serve(l)
+		err = srv.Serve(conns)
 	}
 	if errors.Is(err, http.ErrServerClosed) && ctx.Err() != nil {
 		return nil
@@ -178,13 +178,20 @@ func (s *Server) start(ctx context.Context, cancel context.CancelFunc, urls stre
 	s.ctx, s.cancel, s.urls = ctx, cancel, urls
 }
 
-// stop refuses new sessions and waits for the open ones.
-func (s *Server) stop() {
+// sayGoodbye is how long sessions have to tell their clients why they end.
+const sayGoodbye = time.Second
+
+// stop refuses new sessions, ends the open ones and waits for them.
+func (s *Server) stop(conns *watchedListener) {
 	s.mu.Lock()
 	s.cancel()
 	s.urls = nil
 	s.mu.Unlock()
+	cut := time.AfterFunc(sayGoodbye, conns.closeAll)
 	s.open.Wait()
+	if cut.Stop() {
+		conns.closeAll() // port-forwards without a stream
+	}
 }
 
 // begin counts a session in; false when the server has stopped. ctx ends with

@@ -4,8 +4,10 @@ import (
 	"context"
 	"crypto/tls"
 	"errors"
+	"maps"
 	"net"
 	"os"
+	"slices"
 	"sync"
 )
 
@@ -33,22 +35,54 @@ func withConnection(ctx context.Context, c net.Conn) context.Context {
 	return context.WithValue(ctx, goneKey{}, (<-chan struct{})(w.gone))
 }
 
-type watchedListener struct{ net.Listener }
+// watchedListener knows its open connections: net/http forgets those that a
+// handler took over.
+type watchedListener struct {
+	net.Listener
 
-func (l watchedListener) Accept() (net.Conn, error) {
+	mu   sync.Mutex
+	open map[*watchedConn]bool
+}
+
+func watch(l net.Listener) *watchedListener {
+	return &watchedListener{Listener: l, open: map[*watchedConn]bool{}}
+}
+
+func (l *watchedListener) Accept() (net.Conn, error) {
 	c, err := l.Listener.Accept()
 	if err != nil {
 		return nil, err
 	}
-	return &watchedConn{Conn: c, gone: make(chan struct{})}, nil
+	w := &watchedConn{Conn: c, gone: make(chan struct{}), forget: l.forget}
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.open[w] = true
+	return w, nil
+}
+
+func (l *watchedListener) forget(w *watchedConn) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	delete(l.open, w)
+}
+
+// closeAll closes what is still open; the listener must be closed already.
+func (l *watchedListener) closeAll() {
+	l.mu.Lock()
+	open := slices.Collect(maps.Keys(l.open))
+	l.mu.Unlock()
+	for _, c := range open {
+		c.Close()
+	}
 }
 
 // watchedConn notices the first read that fails for good. Both protocols read
 // all the time.
 type watchedConn struct {
 	net.Conn
-	once sync.Once
-	gone chan struct{}
+	once   sync.Once
+	gone   chan struct{}
+	forget func(*watchedConn)
 }
 
 func (c *watchedConn) Read(b []byte) (int, error) {
@@ -62,6 +96,7 @@ func (c *watchedConn) Read(b []byte) (int, error) {
 
 func (c *watchedConn) Close() error {
 	c.leave()
+	c.forget(c)
 	return c.Conn.Close()
 }
 

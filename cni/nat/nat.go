@@ -19,6 +19,7 @@ import (
 	"net/netip"
 	"os"
 	"sort"
+	"strings"
 	"sync"
 
 	"github.com/containerd/errdefs"
@@ -316,9 +317,9 @@ type Pod struct {
 	Ports []Port
 }
 
-// Sync makes the host ports those of pods and no others. Ports that two pods want stay with the
-// first of them; the error names the rest.
-func (t *Table) Sync(pods []Pod) error {
+// Sync makes the host ports those of pods, and beside them only those that are there and lead to a pod address
+// that keep names. Ports that two pods want stay with the first of them; the error names the rest.
+func (t *Table) Sync(pods []Pod, keep func(pod netip.Addr) bool) error {
 	var want []element
 	var errs []error
 	for _, p := range pods {
@@ -337,7 +338,7 @@ func (t *Table) Sync(pods []Pod) error {
 	for _, e := range want {
 		wanted[e] = true
 	}
-	if err := t.prune(func(e element) bool { return !wanted[e] }); err != nil {
+	if err := t.prune(func(e element) bool { return !wanted[e] && !keep(e.pod) }); err != nil {
 		return errors.Join(append(errs, err)...)
 	}
 	if len(want) > 0 {
@@ -420,7 +421,7 @@ func (t *Table) dump(c *nftables.Conn) ([]element, error) {
 	var all []element
 	for _, s := range t.set.ports() {
 		elems, err := c.GetSetElements(s)
-		if errors.Is(err, fs.ErrNotExist) {
+		if err != nil && strings.Contains(err.Error(), unix.ENOENT.Error()) { // the library does not wrap it
 			return nil, nil
 		}
 		if err != nil {

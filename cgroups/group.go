@@ -22,6 +22,7 @@ type Stats = sample.Cgroup
 // the group goes: calls then answer NotFound. The zero Group does too.
 type Group struct {
 	v2    bool
+	rel   string   // below the hierarchies' roots
 	pages []string // huge page sizes
 
 	// Directories per controller; "" where the host has none. On v2 all equal.
@@ -50,9 +51,9 @@ func (m *Manager) Resolve(parent, id string) (Group, error) {
 	return m.group(rel), nil
 }
 
-// GroupAt returns the group at paths as the shim reports them: controller to
-// absolute directory, the v2 hierarchy under "".
-func (m *Manager) GroupAt(paths map[string]string) Group {
+// groupAt returns the group at paths, by controller; the v2 hierarchy under
+// Unified.
+func (m *Manager) groupAt(paths map[string]string) Group {
 	g := Group{v2: m.host.Mode == V2, pages: m.pages, unified: paths[Unified]}
 	if g.v2 {
 		g.cpu, g.cpuacct, g.memory, g.pids, g.blkio, g.hugetlb = g.unified, g.unified, g.unified, g.unified, g.unified, g.unified
@@ -68,7 +69,9 @@ func (m *Manager) group(rel string) Group {
 	for controller, mount := range m.host.Mounts {
 		paths[controller] = join(mount, rel)
 	}
-	return m.GroupAt(paths)
+	g := m.groupAt(paths)
+	g.rel = rel
+	return g
 }
 
 func join(dir, name string) string {
@@ -110,7 +113,7 @@ func (g Group) Stats(s *Stats) error { return g.Read(s, sample.Full) }
 //
 // Errors: NotFound if the group is gone.
 func (g Group) Read(s *Stats, want sample.Set) error {
-	*s = Stats{IO: s.IO[:0], Hugetlb: s.Hugetlb[:0]}
+	*s = Stats{Time: time.Now(), Path: g.rel, IO: s.IO[:0], Hugetlb: s.Hugetlb[:0]}
 	if g.Path() == "" {
 		return fmt.Errorf("read cgroup: none is known: %w", errdefs.ErrNotFound)
 	}
@@ -187,7 +190,6 @@ func (r *reader) keyed(dir, name string, fields ...field) error {
 }
 
 func (g Group) readCPU(r *reader, s *Stats, want sample.Set) error {
-	s.Time = time.Now()
 	c := &s.CPU
 	if !g.v2 {
 		return r.value(g.cpuacct, "cpuacct.usage", &c.Usage)

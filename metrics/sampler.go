@@ -37,23 +37,6 @@ type Config struct {
 	Log            *slog.Logger
 }
 
-// Depth says how much a sample holds; each holds what the ones before do.
-type Depth int
-
-// The depths.
-const (
-	Containers Depth = iota // the containers' CPU, memory, PSI, writable layer
-	Pods                    // and the pod's group and network
-	Full                    // and all that the CRI's pod metrics know
-)
-
-func (d Depth) set() sample.Set {
-	if d == Full {
-		return sample.Full
-	}
-	return sample.Basic
-}
-
 // Sampler takes samples of pods and containers. Its methods may be called from
 // several goroutines.
 type Sampler struct {
@@ -77,7 +60,7 @@ type groupKey struct{ parent, id string }
 type entry struct {
 	used atomic.Int64 // unix ns
 
-	mu      sync.Mutex // guards all below
+	mu    sync.Mutex // guards all below
 	group Group
 	meter meter
 	last  *reading
@@ -141,7 +124,7 @@ const firstWait = 50 * time.Millisecond
 // meanwhile) is left empty in its sample; see sample.Pod.
 //
 // Errors: only that of ctx.
-func (s *Sampler) Sample(ctx context.Context, targets []sample.PodTarget, depth Depth) ([]sample.Pod, error) {
+func (s *Sampler) Sample(ctx context.Context, targets []sample.PodTarget, depth sample.Depth) ([]sample.Pod, error) {
 	now := time.Now()
 	s.prune(now)
 	s.startLayers(targets, now)
@@ -152,7 +135,7 @@ func (s *Sampler) Sample(ctx context.Context, targets []sample.PodTarget, depth 
 		}
 		s.pod(&pods[i], t, depth)
 	}
-	if depth >= Pods {
+	if depth >= sample.Pods {
 		s.networks(pods)
 	}
 	s.addLayers(ctx, pods, now)
@@ -160,20 +143,20 @@ func (s *Sampler) Sample(ctx context.Context, targets []sample.PodTarget, depth 
 }
 
 // pod reads the groups of one pod.
-func (s *Sampler) pod(p *sample.Pod, t sample.PodTarget, depth Depth) {
+func (s *Sampler) pod(p *sample.Pod, t sample.PodTarget, depth sample.Depth) {
 	p.Target = t
 	p.Containers = make([]*sample.Container, len(t.Containers))
 	for i, ct := range t.Containers {
 		c := &sample.Container{Target: ct}
-		if r := s.read(groupKey{t.CgroupParent, ct.ID}, depth.set(), ct.StartedAt, ct.Pid, depth == Full); r != nil {
+		if r := s.read(groupKey{t.CgroupParent, ct.ID}, depth.Parts(), ct.StartedAt, ct.Pid, depth == sample.Everything); r != nil {
 			c.Cgroup, c.Rate, c.Process = r.cgroup, r.rate, r.process
 		}
 		p.Containers[i] = c
 	}
-	if depth < Pods || t.CgroupParent == "" {
+	if depth < sample.Pods || t.CgroupParent == "" {
 		return
 	}
-	if r := s.read(groupKey{t.CgroupParent, ""}, depth.set(), t.CreatedAt, 0, false); r != nil {
+	if r := s.read(groupKey{t.CgroupParent, ""}, depth.Parts(), t.CreatedAt, 0, false); r != nil {
 		p.Cgroup, p.Rate, p.Processes = r.cgroup, r.rate, r.processes
 	}
 }
@@ -231,6 +214,10 @@ func (e *entry) read(resolve func(parent, id string) (Group, error), key groupKe
 		r.rate = e.meter.add(point{r.cgroup.Time, r.cgroup.CPU.Usage}, started)
 	}
 	var err error
+	for i := range r.cgroup.IO {
+		d := &r.cgroup.IO[i]
+		d.Device = deviceName(d.Major, d.Minor)
+	}
 	if processes {
 		c := counters.Get().(*counter)
 		defer counters.Put(c)
@@ -385,4 +372,3 @@ func (s *Sampler) prune(now time.Time) {
 		s.writables.prune(before)
 	}
 }
-

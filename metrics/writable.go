@@ -105,7 +105,7 @@ func (w *writables) measure(id string) (*sample.Filesystem, error) {
 	if err != nil {
 		return nil, err
 	}
-	fs := &sample.Filesystem{Time: time.Now(), Mountpoint: w.dir, UsedBytes: bytes, UsedInodes: inodes}
+	fs := &sample.Filesystem{Time: time.Now(), Mountpoint: w.dir, Device: deviceOf(w.dir), UsedBytes: bytes, UsedInodes: inodes}
 	var st unix.Statfs_t
 	if err := unix.Statfs(w.dir, &st); err != nil {
 		return nil, fmt.Errorf("statfs %s: %w", w.dir, err)

@@ -1,7 +1,7 @@
 // Package sample holds the plain data that a reading of the kernel yields:
 // what one cgroup, one pod's network and one writable layer used, and when.
 //
-// It has types and no behaviour: no I/O, no goroutines, no locks, and it
+// It has types and no behaviour: no I/O, no goroutines, no locks; it
 // imports nothing but time. cgroups fills Cgroup, metrics adds rates and
 // puts whole samples together, cri/stats and the Prometheus exposition turn
 // them into messages. Because it is only data it is the one package that all
@@ -37,7 +37,8 @@ const Unlimited = ^uint64(0)
 
 // Cgroup is one reading of one control group, descendants included.
 type Cgroup struct {
-	Time time.Time // when CPU was read
+	Time time.Time // when the reading began
+	Path string    // below the hierarchy's root, as /proc/<pid>/cgroup has it
 	Have Set
 
 	CPU     CPUStats
@@ -94,6 +95,7 @@ type PidsStats struct {
 
 // DeviceIO is the block I/O on one device.
 type DeviceIO struct {
+	Device                               string // "/dev/sda"; the sampler fills it in
 	Major, Minor                         uint32
 	ReadBytes, WriteBytes, Reads, Writes uint64
 	DiscardBytes, Discards               uint64
@@ -120,6 +122,24 @@ type Pressure struct {
 type PressureLine struct {
 	Avg10, Avg60, Avg300 float64
 	Total                uint64
+}
+
+// Depth says how much a sample holds; each holds what the ones before do.
+type Depth int
+
+// The depths.
+const (
+	Containers Depth = iota // the containers' CPU, memory, PSI, writable layer
+	Pods                    // and the pod's group, processes and network
+	Everything              // and all that the CRI's pod metrics know
+)
+
+// Parts of a group that a depth needs.
+func (d Depth) Parts() Set {
+	if d == Everything {
+		return Full
+	}
+	return Basic
 }
 
 // PodTarget names a pod to be sampled: where its figures are to be found.
@@ -176,6 +196,7 @@ type Rate struct {
 type Filesystem struct {
 	Time       time.Time // when the layer was measured
 	Mountpoint string
+	Device     string // "/dev/sda1", or what the filesystem calls itself
 	UsedBytes  uint64 // of the layer
 	UsedInodes uint64
 

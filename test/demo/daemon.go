@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -17,9 +18,6 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
-// errRunsAlready: another daemon has the socket; it is left alone.
-var errRunsAlready = errors.New("a daemon runs already")
-
 // daemon is the one that the demo has started.
 type daemon struct {
 	cmd     *exec.Cmd
@@ -35,7 +33,7 @@ func (d *demo) start(ctx context.Context) error {
 	s := d.screen
 	s.step("The daemon", d.cfg.CRI.Socket)
 	if answersAt(ctx, d.cfg.CRI.Socket) {
-		return fmt.Errorf("%w on %s: stop it, or show the demo another configuration with ARGS='--config FILE'", errRunsAlready, d.cfg.CRI.Socket)
+		return fmt.Errorf("a daemon runs already on %s: stop it, or show the demo another configuration with ARGS='--config FILE'", d.cfg.CRI.Socket)
 	}
 	if err := d.check(ctx); err != nil {
 		return err
@@ -69,7 +67,7 @@ func (d *demo) check(ctx context.Context) error {
 		}
 	}
 	if e := json.Unmarshal(out, &report); e != nil {
-		return fmt.Errorf("check this machine: %w", errors.Join(err, e))
+		return fmt.Errorf("check this machine with %s (make build makes it): %w", d.binaries+"/nodeagent", cmp.Or(err, e))
 	}
 	if !report.OK {
 		table, _ := exec.CommandContext(ctx, filepath.Join(d.binaries, "nodeagent"), "check", "--config", d.config).Output()

@@ -132,18 +132,16 @@ func (d *demo) takeDown(ctx context.Context, before snapshot) error {
 	s := d.screen
 	s.step("Taking it all away", "")
 	var errs []error
-	if d.daemon != nil {
-		if err := d.takeAwayPod(ctx); err != nil {
-			errs = append(errs, fmt.Errorf("remove the pod: %w", err))
-		} else {
-			s.done("pod and image removed")
-		}
-		s.began = time.Now()
-		if err := d.daemon.stop(); err != nil {
-			errs = append(errs, err)
-		} else {
-			s.done("daemon stopped")
-		}
+	if err := d.takeAwayPod(ctx); err != nil {
+		errs = append(errs, fmt.Errorf("remove the pod: %w", err))
+	} else {
+		s.done("pod and image removed")
+	}
+	s.began = time.Now()
+	if err := d.daemon.stop(); err != nil {
+		errs = append(errs, err)
+	} else {
+		s.done("daemon stopped")
 	}
 	if d.registry != nil {
 		errs = append(errs, d.registry.server.Close())

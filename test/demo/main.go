@@ -75,7 +75,7 @@ func run(ctx context.Context, o options, s *screen) error {
 	if ctx.Err() != nil {
 		showErr = nil // Ctrl-C in the middle is a wish, not a fault
 	}
-	if errors.Is(showErr, errRunsAlready) {
+	if d.daemon == nil {
 		return showErr // nothing was started, so nothing is taken away
 	}
 	if showErr != nil {

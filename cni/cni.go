@@ -20,9 +20,11 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
-	types100 "github.com/containernetworking/cni/pkg/types/100"
+	"github.com/containernetworking/cni/libcni"
 	"github.com/nodeagent/nodeagent/cni/builtin"
 	"github.com/nodeagent/nodeagent/cni/nat"
+	"github.com/nodeagent/nodeagent/cni/netns"
+	"github.com/nodeagent/nodeagent/cni/plugin"
 )
 
 // Builtin is Result.Conf of pods on the built-in network.
@@ -88,6 +90,9 @@ type Manager struct {
 	cfg     Config
 	log     *slog.Logger
 	builtin *builtin.Network
+	conf    confDir
+	exec    *executor
+	others  delegate
 }
 
 // New checks cfg, reports all its faults at once and opens files and sockets. It changes nothing on the host.
@@ -124,28 +129,59 @@ func New(cfg Config) (*Manager, error) {
 		}
 		return nil, err
 	}
-	return &Manager{cfg: cfg, log: cfg.Log, builtin: net}, nil
+	m := &Manager{cfg: cfg, log: cfg.Log, builtin: net, conf: confDir{dir: cfg.ConfDir}}
+	m.exec = &executor{plugin: plugin.Plugin{HostNetns: cfg.HostNetns, StateDir: cfg.StateDir, Log: cfg.Log}}
+	if cfg.HostNetns != "" {
+		if m.exec.host, err = netns.Open(cfg.HostNetns); err != nil {
+			return nil, errors.Join(err, net.Close())
+		}
+	}
+	dir := filepath.Join(cfg.RootDir, "cni")
+	m.others.cni = libcni.NewCNIConfigWithCacheDir(cfg.BinDirs, dir, m.exec)
+	m.others.dir = filepath.Join(dir, "attachments")
+	return m, nil
 }
 
 // Close drops descriptors; what pods use stays.
-func (m *Manager) Close() error { return m.builtin.Close() }
+func (m *Manager) Close() error { return errors.Join(m.builtin.Close(), m.exec.host.Close()) }
 
 // Run does the background work (deletion of links, sweep of records) until ctx ends.
 func (m *Manager) Run(ctx context.Context) error { return m.builtin.Run(ctx) }
 
-// Setup connects the sandbox. All or nothing.
+// Setup connects the sandbox. All or nothing: if it fails, or ctx ends, everything is undone before it returns.
+//
+// Errors: ResourceExhausted without a free address; AlreadyExists for a host port that another pod has, or
+// a sandbox connected already; NotFound without a namespace; FailedPrecondition if host or configuration
+// does not allow it; Unavailable if a CNI plugin says to try later.
 func (m *Manager) Setup(ctx context.Context, req Request) (Result, error) {
 	if err := req.check(); err != nil {
 		return Result{}, err
 	}
+	list, err := m.conf.current()
+	if err != nil {
+		return Result{}, err
+	}
+	if list != nil {
+		// A warm namespace may have been wired before the configuration appeared.
+		if m.builtin.Wired(req.Netns) {
+			if err := m.builtin.Unwire(ctx, req.Netns); err != nil {
+				return Result{}, err
+			}
+		}
+		return m.others.add(ctx, list, req, m.builtin.ChosenCIDRs())
+	}
+	return m.setupBuiltin(ctx, req)
+}
+
+func (m *Manager) setupBuiltin(ctx context.Context, req Request) (Result, error) {
 	a := req.attachment()
 	got, err := m.builtin.Attach(ctx, a)
 	if err != nil {
 		return Result{}, err
 	}
-	raw, err := json.Marshal(cniResult(a, got))
+	raw, err := json.Marshal(got.Result(a))
 	if err != nil {
-		return Result{}, errors.Join(fmt.Errorf("encode CNI result: %w", err), m.builtin.Detach(ctx, a, got.IPs))
+		return Result{}, errors.Join(fmt.Errorf("encode CNI result: %w", err), m.builtin.Detach(context.WithoutCancel(ctx), a, got.IPs))
 	}
 	return Result{IPs: got.IPs, HostInterface: got.HostInterface, CNIResult: raw, Conf: Builtin}, nil
 }
@@ -153,31 +189,81 @@ func (m *Manager) Setup(ctx context.Context, req Request) (Result, error) {
 // Teardown disconnects the sandbox. It is idempotent, works when the namespace is gone, and takes an empty Result
 // for a sandbox whose Setup did not come to its end.
 func (m *Manager) Teardown(ctx context.Context, req Request, res Result) error {
-	return m.builtin.Detach(ctx, req.attachment(), res.IPs)
+	var errs []error
+	if res.Conf == Builtin || res.Conf == "" {
+		errs = append(errs, m.builtin.Detach(ctx, req.attachment(), res.IPs))
+	}
+	if res.Conf != Builtin {
+		errs = append(errs, m.others.del(ctx, req.SandboxID, req.Netns, m.named(res.Conf)))
+	}
+	return errors.Join(errs...)
+}
+
+// named is the configuration in force if it has that name, else nil.
+func (m *Manager) named(network string) *libcni.NetworkConfigList {
+	if list, err := m.conf.current(); err == nil && list != nil && list.Name == network {
+		return list
+	}
+	return nil
+}
+
+// Check compares the sandbox's connection with what Setup made.
+func (m *Manager) Check(ctx context.Context, req Request, res Result) error {
+	if res.Conf == Builtin {
+		return m.builtin.Check(ctx, req.attachment(), res.IPs)
+	}
+	return m.others.check(ctx, req.SandboxID)
 }
 
 // Prewire prepares a warm namespace for a fast Setup. It does nothing when pods go to a CNI network.
 func (m *Manager) Prewire(ctx context.Context, netns string) error {
+	if list, err := m.conf.current(); err != nil || list != nil {
+		return nil
+	}
 	return m.builtin.Prewire(ctx, netns)
 }
 
-// Unwire undoes Prewire for a namespace that is thrown away.
+// Unwire undoes Prewire for a namespace that is thrown away. One not wired is success.
 func (m *Manager) Unwire(ctx context.Context, netns string) error {
 	return m.builtin.Unwire(ctx, netns)
 }
 
-// Reconcile frees everything of ours whose sandbox is not in live. results is by sandbox ID.
+// Reconcile frees every address, link, host port and attachment of ours whose sandbox is not in live, and restores
+// records of live ones. results is by sandbox ID. Namespaces prewired by this process stay.
 func (m *Manager) Reconcile(ctx context.Context, live []Request, results map[string]Result) error {
-	var all []builtin.Live
+	var ours []builtin.Live
+	all := map[string]bool{}
 	for _, req := range live {
-		res := results[req.SandboxID]
-		all = append(all, builtin.Live{Attachment: req.attachment(), IPs: res.IPs})
+		all[req.SandboxID] = true
+		if res := results[req.SandboxID]; res.Conf == Builtin || res.Conf == "" {
+			ours = append(ours, builtin.Live{Attachment: req.attachment(), IPs: res.IPs})
+		}
 	}
-	return m.builtin.Reconcile(ctx, all)
+	list, err := m.conf.current()
+	return errors.Join(err, m.builtin.Reconcile(ctx, ours), m.others.reconcile(ctx, all, list))
 }
 
-// Status is nil when pods can be connected.
-func (m *Manager) Status(ctx context.Context) error { return m.builtin.Status(ctx) }
+// Status is nil when pods can be connected; the error says what is missing. It may run CNI plugins, but not more
+// often than every few seconds.
+func (m *Manager) Status(ctx context.Context) error {
+	list, err := m.conf.current()
+	if err != nil {
+		return err
+	}
+	if list != nil {
+		return m.others.ready(ctx, list, m.exec)
+	}
+	return m.builtin.Status(ctx)
+}
+
+// Network is the name of the network that Setup would use now: Builtin or a CNI network.
+func (m *Manager) Network() (string, error) {
+	list, err := m.conf.current()
+	if err != nil || list == nil {
+		return Builtin, err
+	}
+	return list.Name, nil
+}
 
 // SetPodCIDRs replaces the ranges for pods to come, durably.
 func (m *Manager) SetPodCIDRs(ctx context.Context, cidrs []netip.Prefix) error {
@@ -206,9 +292,4 @@ func (r Request) attachment() builtin.Attachment {
 		}
 	}
 	return a
-}
-
-// cniResult is what CNI says of an attachment to the built-in network.
-func cniResult(a builtin.Attachment, got builtin.Attached) *types100.Result {
-	return got.Result(a)
 }

@@ -9,6 +9,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/nodeagent/nodeagent/cni/ipam"
 	"github.com/nodeagent/nodeagent/cni/rtnl"
+	"golang.org/x/sys/unix"
 )
 
 // Attach gives the namespace its addresses and connects it. All or nothing: on an error, or when ctx
@@ -106,6 +107,9 @@ func (n *Network) connect(node *node, a Attachment, w *wired, ips []netip.Addr) 
 	b.LinkUp(w.hostIndex, "set link "+w.Name+" up")
 	for _, ip := range ips {
 		b.AddRoute(n.podRoute(node, w.hostIndex, ip), "add route to "+ip.String())
+		if ip.Is6() && len(a.Ports) > 0 {
+			b.AddRoute(loopbackRoute(w.hostIndex), "add route of answers to ::1")
+		}
 	}
 	return n.rt.Do(&b)
 }
@@ -116,6 +120,14 @@ func (n *Network) podRoute(node *node, link int, ip netip.Addr) rtnl.Route {
 		src = node.src[1]
 	}
 	return rtnl.Route{Dst: host(ip), Link: link, Src: src, Protocol: Protocol}
+}
+
+// loopbackRoute lets the answer to a connection from ::1 to one of the pod's host ports come in by link: the
+// kernel looks up loopback addresses among the routes of the incoming link only (net/ipv6/route.c, rt6_need_strict).
+// It opens nothing: a packet that has ::1 in it on the wire is dropped before (ip6_rcv_core). The metric
+// keeps it behind that of lo.
+func loopbackRoute(link int) rtnl.Route {
+	return rtnl.Route{Dst: host(netip.IPv6Loopback()), Link: link, Protocol: Protocol, Type: unix.RTN_LOCAL, Table: unix.RT_TABLE_LOCAL, Metric: 4096}
 }
 
 // openPorts makes the pod's host ports, and lets the host's loopback addresses be sources on its link.

@@ -127,6 +127,14 @@ func (n *Network) PodCIDRs() []netip.Prefix {
 	return slices.Clone(n.cidr.Current)
 }
 
+// ChosenCIDRs are the ranges in use if somebody chose them, nil for the default ones.
+func (n *Network) ChosenCIDRs() []netip.Prefix {
+	if c := n.PodCIDRs(); !slices.Equal(c, DefaultPodCIDRs()) {
+		return c
+	}
+	return nil
+}
+
 // storeCIDRs writes the file durably.
 func storeCIDRs(path string, c cidrs) error {
 	p, err := json.Marshal(c)

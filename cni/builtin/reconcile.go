@@ -15,6 +15,8 @@ import (
 type Live struct {
 	Attachment
 	IPs []netip.Addr // as Attach returned them; nil if that is not known
+	// KeepPorts: Ports are not known; the host ports that lead to its addresses stay as they are.
+	KeepPorts bool
 }
 
 // Reconcile frees every link, address, route and host port of this instance that belongs to none of
@@ -109,14 +111,32 @@ func (n *Network) reconcileAddresses(live []Live) error {
 }
 
 func (n *Network) reconcilePorts(live []Live) error {
+	held, _, err := n.pool.Held(n.cfg.Name)
+	if err != nil {
+		return fmt.Errorf("reconcile host ports: %w", err)
+	}
+	ips := map[string][]netip.Addr{}
+	for _, r := range held {
+		ips[r.Sandbox+"/"+r.IfName] = append(ips[r.Sandbox+"/"+r.IfName], r.Addr)
+	}
 	var pods []nat.Pod
+	keep := map[netip.Addr]bool{}
 	for _, l := range live {
-		if len(l.Ports) > 0 && len(l.IPs) > 0 {
-			pods = append(pods, nat.Pod{IPs: l.IPs, Ports: l.Ports})
+		mine := l.IPs
+		if len(mine) == 0 {
+			mine = ips[l.SandboxID+"/"+l.ifName()]
+		}
+		switch {
+		case l.KeepPorts:
+			for _, ip := range mine {
+				keep[ip] = true
+			}
+		case len(l.Ports) > 0 && len(mine) > 0:
+			pods = append(pods, nat.Pod{IPs: mine, Ports: l.Ports})
 		}
 	}
 	n.nat.Ranges(n.cidr.all())
-	if err := n.nat.Sync(pods); err != nil {
+	if err := n.nat.Sync(pods, func(pod netip.Addr) bool { return keep[pod] }); err != nil {
 		return fmt.Errorf("reconcile host ports: %w", err)
 	}
 	return nil

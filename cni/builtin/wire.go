@@ -63,6 +63,13 @@ func (n *Network) Unwire(_ context.Context, path string) error {
 	return n.dropLink(n.LinkName(path))
 }
 
+// Wired says whether the namespace at path was wired by this process and is not attached yet.
+func (n *Network) Wired(path string) bool {
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	return n.warm[path] != nil
+}
+
 func (n *Network) takeWarm(path string) *wired {
 	n.mu.Lock()
 	defer n.mu.Unlock()

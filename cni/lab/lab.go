@@ -331,3 +331,41 @@ func Ping(path string, ip netip.Addr) error {
 	}
 	return fmt.Errorf("ping %s: %w", ip, err)
 }
+
+// In runs f in the namespace at path and fails the test on an error.
+func In(t testing.TB, path string, f func() error) {
+	t.Helper()
+	if err := Do(path, f); err != nil {
+		t.Fatalf("in %s: %v", filepath.Base(path), err)
+	}
+}
+
+// Route adds a route by way of eth0, and lets loopback addresses be used on it.
+func Route(dst, via string) error {
+	link, err := netlink.LinkByName("eth0")
+	if err != nil {
+		return err
+	}
+	_ = os.WriteFile("/proc/sys/net/ipv4/conf/eth0/route_localnet", []byte("1"), 0)
+	_ = os.WriteFile("/proc/sys/net/ipv4/conf/all/rp_filter", []byte("0"), 0)
+	if rule, err := netlink.RuleList(unix.AF_INET); err == nil {
+		// Local addresses are looked up last, so that 127.0.0.0/8 can lead away.
+		for _, r := range rule {
+			if r.Table == unix.RT_TABLE_LOCAL {
+				r.Priority = 50000
+				if err := netlink.RuleAdd(&r); err != nil {
+					return err
+				}
+				r.Priority = 0
+				if err := netlink.RuleDel(&r); err != nil {
+					return err
+				}
+			}
+		}
+	}
+	p := netip.MustParsePrefix(dst)
+	return netlink.RouteAdd(&netlink.Route{
+		LinkIndex: link.Attrs().Index, Gw: netip.MustParseAddr(via).AsSlice(),
+		Dst: &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())},
+	})
+}

@@ -153,7 +153,7 @@ func (b *Batch) AddNeigh(index int, ip netip.Addr, mac net.HardwareAddr, what st
 	b.Attr(unix.NDA_LLADDR, mac)
 }
 
-// Route is one route of the main table.
+// Route is one route.
 type Route struct {
 	Dst      netip.Prefix
 	Gateway  netip.Addr // zero: on link
@@ -161,6 +161,7 @@ type Route struct {
 	Link     int        // 0 for unreachable
 	Protocol uint8      // who made it (RTPROT_*)
 	Type     uint8      // 0: RTN_UNICAST
+	Table    uint8      // 0: RT_TABLE_MAIN
 	Metric   uint32
 }
 
@@ -175,6 +176,9 @@ func (b *Batch) route(r Route) {
 		h[6] = unix.RT_SCOPE_LINK
 	}
 	h[7] = unix.RTN_UNICAST
+	if r.Table != 0 {
+		h[4] = r.Table
+	}
 	if r.Type != 0 {
 		h[7] = r.Type
 	}

@@ -3,6 +3,7 @@ package cgroups
 import (
 	"bytes"
 	"fmt"
+	"math"
 
 	"github.com/nodeagent/nodeagent/metrics/sample"
 )
@@ -315,11 +316,15 @@ func blkioCount(d *sample.DeviceIO, op blkioOp) *uint64 {
 	return [...]*uint64{opRead: &d.Reads, opWrite: &d.Writes, opDiscard: &d.Discards}[op]
 }
 
-// sharesOf turns a v2 weight into v1 shares, undoing what the runtime did when
-// it set the weight: linear between the defaults, as kubelet and cAdvisor.
+// sharesOf turns a v2 weight into v1 shares: the inverse of the quadratic that
+// libcontainer, crun and the kubelet use (ConvertCPUSharesToCgroupV2Value),
+// which meets the least, default and greatest values of both. Weights are whole
+// numbers, so that shares come back within a few percent.
 func sharesOf(weight uint64) uint64 {
 	if weight == 0 {
 		return 0
 	}
-	return 2 + (weight-1)*262142/9999
+	c := 612 * (math.Log10(float64(weight)) + 7.0/34.0)
+	l := (math.Sqrt(125*125+4*c) - 125) / 2
+	return uint64(math.Round(math.Exp2(l)))
 }

@@ -16,6 +16,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/nodeagent/nodeagent/cri/spec"
+	"github.com/nodeagent/nodeagent/cri/stats"
 	"github.com/nodeagent/nodeagent/cri/store"
 )
 
@@ -48,7 +49,7 @@ type Config struct {
 	Namespaces Namespaces
 	Images     Images
 	Rootfs     Rootfs
-	Stats      Stats // nil: stats are not implemented
+	Stats      stats.Sampler // nil: stats and metrics are refused
 
 	Log *slog.Logger // nil: none
 }

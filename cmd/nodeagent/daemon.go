@@ -21,6 +21,7 @@ import (
 	"github.com/nodeagent/nodeagent/cri/rootfs"
 	"github.com/nodeagent/nodeagent/cri/spec"
 	"github.com/nodeagent/nodeagent/cri/stream"
+	"github.com/nodeagent/nodeagent/metrics"
 	"github.com/nodeagent/nodeagent/shim"
 )
 
@@ -101,11 +102,18 @@ func (d *node) build(ctx context.Context) error {
 	}); err != nil {
 		return err
 	}
+	sampler, err := metrics.New(metrics.Config{
+		Group: groupsOf(groups), Writable: d.mounter.Usage, WritableDir: filepath.Join(cfg.Root, "containers"), Log: log,
+	})
+	if err != nil {
+		return err
+	}
+	d.close = append(d.close, sampler.Close)
 	if d.cri, err = cri.New(cri.Config{
 		Socket: cfg.CRI.Socket, State: cfg.State, Root: cfg.Root, Handlers: handlers(cfg), Version: semver(readVersion().Version),
 		Effective: cfg, ExecMaxOutput: int(cfg.CRI.ExecSyncMaxOutput), Host: host, Defaults: specDefaults(cfg),
 		CDI: spec.NewCDI(cfg.CRI.CDISpecDirs...), Runtime: d.runtime, Network: networkOf{d.network}, Cgroups: cgroupsOf{groups},
-		Namespaces: namespacesOf{d.pool}, Images: d.images, Rootfs: newRootfs(d.images, d.mounter, cfg.Root, log), Log: log,
+		Namespaces: namespacesOf{d.pool}, Images: d.images, Rootfs: newRootfs(d.images, d.mounter, cfg.Root, log), Stats: sampler, Log: log,
 	}); err != nil {
 		return err
 	}

@@ -18,6 +18,7 @@ import (
 	"github.com/nodeagent/nodeagent/cri/namespaces"
 	"github.com/nodeagent/nodeagent/cri/rootfs"
 	"github.com/nodeagent/nodeagent/cri/store"
+	"github.com/nodeagent/nodeagent/metrics"
 )
 
 // The adapters in wire*.go give domain packages, which do not know each other,
@@ -185,4 +186,9 @@ func cgroupDriver(word string) (cgroups.Driver, error) {
 		return cgroups.CgroupFS, nil
 	}
 	return "", fmt.Errorf("cgroup driver %q: want auto, systemd or cgroupfs", word)
+}
+
+// groupsOf resolves control groups for the sampler.
+func groupsOf(m *cgroups.Manager) func(parent, id string) (metrics.Group, error) {
+	return func(parent, id string) (metrics.Group, error) { return m.Resolve(parent, id) }
 }

@@ -1,0 +1,216 @@
+package e2e
+
+import (
+	"bytes"
+	"fmt"
+	"io"
+	"net"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/nodeagent/nodeagent/test/e2e/node"
+)
+
+// echoServer answers one word per connection on a TCP port.
+func echoServer(port int) containerOption {
+	return script(fmt.Sprintf(`trap 'exit 0' TERM; echo up; while :; do echo hello-$HOSTNAME | nc -l -p %d; done`, port))
+}
+
+func dialEcho(addr string) (string, error) {
+	c, err := net.DialTimeout("tcp", addr, 2*time.Second)
+	if err != nil {
+		return "", err
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(2 * time.Second))
+	b, err := io.ReadAll(c)
+	if len(b) > 0 {
+		err = nil
+	}
+	return strings.TrimSpace(string(b)), err
+}
+
+func (p *pod) ips(t testing.TB) (v4, v6 netip.Addr) {
+	t.Helper()
+	n := p.status(t).Network
+	all := []string{n.GetIp()}
+	for _, i := range n.GetAdditionalIps() {
+		all = append(all, i.Ip)
+	}
+	for _, s := range all {
+		a, err := netip.ParseAddr(s)
+		if err != nil {
+			t.Fatalf("pod IP %q: %v", s, err)
+		}
+		if a.Is4() {
+			v4 = a
+		} else {
+			v6 = a
+		}
+	}
+	return v4, v6
+}
+
+func TestNetwork(t *testing.T) {
+	a := runPod(t, func(c *runtimeapi.PodSandboxConfig) { c.Hostname = "alpha" })
+	b := runPod(t)
+	a4, a6 := a.ips(t)
+	if !a4.IsValid() || !a6.IsValid() {
+		t.Fatalf("addresses %v, %v; want one of each family", a4, a6)
+	}
+	a.run(t, echoServer(8080))
+	client := b.run(t)
+	for _, ip := range []netip.Addr{a4, a6} {
+		eventually(t, 5*time.Second, func() error {
+			got, err := dialEcho(netip.AddrPortFrom(ip, 8080).String())
+			if err == nil && got != "hello-alpha" {
+				err = fmt.Errorf("got %q", got)
+			}
+			return err
+		})
+		eventually(t, 5*time.Second, func() error {
+			r := client.execSync(t, "/bin/sh", "-c", fmt.Sprintf("echo | nc -w 2 %s 8080", ip))
+			if got := strings.TrimSpace(string(r.Stdout)); got != "hello-alpha" {
+				return fmt.Errorf("from the other pod to %s: %q %q", ip, got, r.Stderr)
+			}
+			return nil
+		})
+	}
+	equal(t, "loopback", client.sh(t, "ip -o addr show lo | grep -c 127.0.0.1"), "1")
+	contains(t, "default route", client.sh(t, "ip route"), "default")
+	contains(t, "default route of v6", client.sh(t, "ip -6 route"), "default")
+	contains(t, "hosts of the pod's name", a.run(t).sh(t, "hostname"), "alpha")
+}
+
+func TestPortMappings(t *testing.T) {
+	free := func(network string) int32 {
+		if network == "udp" {
+			c, err := net.ListenPacket("udp", "127.0.0.1:0")
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			return int32(c.LocalAddr().(*net.UDPAddr).Port)
+		}
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close()
+		return int32(l.Addr().(*net.TCPAddr).Port)
+	}
+	any, local, udp := free("tcp"), free("tcp"), free("udp")
+	p := runPod(t, func(c *runtimeapi.PodSandboxConfig) {
+		c.Hostname = "mapped"
+		c.PortMappings = []*runtimeapi.PortMapping{
+			{ContainerPort: 8080, HostPort: any},
+			{ContainerPort: 8080, HostPort: local, HostIp: "127.0.0.1"},
+			{ContainerPort: 9000, HostPort: udp, Protocol: runtimeapi.Protocol_UDP},
+			{ContainerPort: 7000}, // only informs
+		}
+	})
+	p.run(t, echoServer(8080))
+	for _, addr := range []string{fmt.Sprintf("127.0.0.1:%d", any), fmt.Sprintf("[::1]:%d", any), fmt.Sprintf("127.0.0.1:%d", local)} {
+		eventually(t, 5*time.Second, func() error {
+			got, err := dialEcho(addr)
+			if err == nil && got != "hello-mapped" {
+				err = fmt.Errorf("got %q", got)
+			}
+			if err != nil {
+				err = fmt.Errorf("%s: %w", addr, err)
+			}
+			return err
+		})
+	}
+	v4, _ := p.ips(t)
+	if host := hostAddr(v4); host != "" {
+		if got, err := dialEcho(fmt.Sprintf("%s:%d", host, any)); err != nil || got != "hello-mapped" {
+			t.Errorf("by the node's address %s: %q, %v", host, got, err)
+		}
+		if got, err := dialEcho(fmt.Sprintf("%s:%d", host, local)); err == nil {
+			t.Errorf("a port mapped on 127.0.0.1 answers %q on %s", got, host)
+		}
+	}
+	u := p.run(t, script(`echo up; nc -u -l -p 9000`), func(c *runtimeapi.ContainerConfig) {})
+	waitLog(t, u, "up")
+	eventually(t, 5*time.Second, func() error {
+		c, err := net.Dial("udp", fmt.Sprintf("127.0.0.1:%d", udp))
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		c.Write([]byte("datagram\n"))
+		time.Sleep(50 * time.Millisecond)
+		if b, _ := os.ReadFile(u.logPath()); !bytes.Contains(b, []byte("datagram")) {
+			return fmt.Errorf("nothing arrived: %s", b)
+		}
+		return nil
+	})
+	p.remove(t)
+	if got, err := dialEcho(fmt.Sprintf("127.0.0.1:%d", any)); err == nil {
+		t.Errorf("the port of a removed pod answers %q", got)
+	}
+}
+
+// hostAddr is an address of this machine besides loopback and pods.
+func hostAddr(pod netip.Addr) string {
+	addrs, _ := net.InterfaceAddrs()
+	for _, a := range addrs {
+		p, err := netip.ParsePrefix(a.String())
+		if err == nil && p.Addr().Is4() && !p.Addr().IsLoopback() && !p.Contains(pod) && p.Bits() < 32 {
+			return p.Addr().String()
+		}
+	}
+	return ""
+}
+
+// TestCNIConflist runs pods on Debian's bridge and host-local plugins.
+func TestCNIConflist(t *testing.T) {
+	if _, err := os.Stat("/usr/lib/cni/bridge"); err != nil {
+		t.Skip("install containernetworking-plugins")
+	}
+	dir := filepath.Join(workDir, "cnitest")
+	conf := filepath.Join(dir, "cni.d")
+	if err := os.MkdirAll(conf, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	bridge := nodeName("br")
+	writeFile(t, filepath.Join(conf, "10-test.conflist"), fmt.Sprintf(`{"cniVersion":"1.0.0","name":"%s","plugins":[
+ {"type":"bridge","bridge":"%s","isGateway":true,"ipam":{"type":"host-local","dataDir":"%s","ranges":[[{"subnet":"10.199.0.0/24"}]],"routes":[{"dst":"0.0.0.0/0"}]}},
+ {"type":"portmap","capabilities":{"portMappings":true}}]}`, bridge, bridge, filepath.Join(dir, "ipam")))
+	n := ownNode(t, func(c *node.Config) { c.CNIConfDir = conf })
+	defer deleteLink(bridge)
+	before := n.Snapshot()
+	p := runPodOn(t, n, podConfig(t))
+	v4, _ := p.ips(t)
+	if !netip.MustParsePrefix("10.199.0.0/24").Contains(v4) {
+		t.Errorf("pod IP %v is not from the conflist's range", v4)
+	}
+	p.run(t, echoServer(8080))
+	eventually(t, 5*time.Second, func() error { _, err := dialEcho(netip.AddrPortFrom(v4, 8080).String()); return err })
+	leases := func() []string {
+		f, _ := filepath.Glob(filepath.Join(dir, "ipam", bridge, "10.*"))
+		return f
+	}
+	equal(t, "addresses in use", len(leases()), 1)
+	p.remove(t)
+	equal(t, "addresses in use after removal", len(leases()), 0)
+	if l := n.WaitNoLeaks(before, 5*time.Second); l != "" {
+		t.Errorf("left behind:\n%s", l)
+	}
+	s, err := n.Runtime().Status(callCtx(t), &runtimeapi.StatusRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range s.Status.Conditions {
+		if !c.Status {
+			t.Errorf("condition %s is false: %s %s", c.Type, c.Reason, c.Message)
+		}
+	}
+}

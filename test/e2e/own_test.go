@@ -1,0 +1,52 @@
+package e2e
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/vishvananda/netlink"
+
+	"github.com/nodeagent/nodeagent/test/e2e/node"
+)
+
+// ownNode starts a daemon for one test, with the images of busybox, and
+// destroys it at the end.
+func ownNode(t testing.TB, change func(*node.Config)) *node.Node {
+	t.Helper()
+	name := nodeName(fmt.Sprintf("%c", 'a'+serial.Add(1)%26))
+	c := node.Config{
+		Dir: filepath.Join(os.TempDir(), "n"+name), Binary: shared.Config.Binary, Name: name, LogLevel: "debug",
+		RegistryDirs: []string{hub.hostsDir()},
+	}
+	if change != nil {
+		change(&c)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	n, err := node.Start(ctx, c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("the daemon's log ends:\n%s", n.LogTail(40))
+		}
+		if err := n.Destroy(context.Background()); err != nil {
+			t.Error(err)
+		}
+	})
+	if _, err := pull(ctx, n, busybox); err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+func deleteLink(name string) {
+	if l, err := netlink.LinkByName(name); err == nil {
+		netlink.LinkDel(l)
+	}
+}

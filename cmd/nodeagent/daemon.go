@@ -180,7 +180,7 @@ func (d *node) run(ctx context.Context) error {
 	if err := context.Cause(ctx); !errors.Is(err, context.Canceled) {
 		return err
 	}
-	return nil
+	return d.leave(context.WithoutCancel(ctx))
 }
 
 // shimBinary is beside this program, or in the search path.

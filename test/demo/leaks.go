@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"io/fs"
 	"maps"
+	"net"
+	"net/netip"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -15,6 +17,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/nodeagent/nodeagent/cni/builtin"
 	"github.com/nodeagent/nodeagent/config"
 	"github.com/vishvananda/netlink"
 	"golang.org/x/sys/unix"
@@ -46,18 +49,47 @@ func takeSnapshot(c config.Config) snapshot {
 	}
 	links, _ := netlink.LinkList()
 	for _, l := range links {
-		if a := l.Attrs(); strings.Contains(a.Alias, c.Network.Name) || strings.HasPrefix(a.Name, c.Network.Name) {
+		if a := l.Attrs(); strings.Contains(a.Alias+" ", "instance="+c.Network.Name+" ") {
 			s["link"] = append(s["link"], a.Name)
 		}
 	}
+	s["route"], s["address"] = routesAndAddresses(c)
 	tables, _ := exec.Command("nft", "list", "tables").Output()
 	for line := range strings.Lines(string(tables)) {
-		if strings.Contains(line, c.Network.Name) {
+		if f := strings.Fields(line); len(f) == 3 && f[2] == c.Network.Name {
 			s["nft table"] = append(s["nft table"], strings.TrimSpace(line))
 		}
 	}
 	s["process"] = processesOf(c)
 	return s
+}
+
+// routesAndAddresses are those within the pods' ranges.
+func routesAndAddresses(c config.Config) (routes, addrs []string) {
+	ranges := c.Network.PodCIDRs
+	if len(ranges) == 0 {
+		ranges = builtin.DefaultPodCIDRs()
+	}
+	ours := func(n *net.IPNet) bool {
+		if n == nil {
+			return false
+		}
+		a, ok := netip.AddrFromSlice(n.IP)
+		return ok && slices.ContainsFunc(ranges, func(p netip.Prefix) bool { return p.Contains(a.Unmap()) })
+	}
+	all, _ := netlink.RouteList(nil, netlink.FAMILY_ALL)
+	for _, r := range all {
+		if ours(r.Dst) {
+			routes = append(routes, r.Dst.String())
+		}
+	}
+	held, _ := netlink.AddrList(nil, netlink.FAMILY_ALL)
+	for _, a := range held {
+		if ours(a.IPNet) {
+			addrs = append(addrs, a.IPNet.String())
+		}
+	}
+	return routes, addrs
 }
 
 // cgroupsOf finds the groups that bear our name in one hierarchy.
@@ -156,7 +188,7 @@ func (d *demo) takeDown(ctx context.Context, before snapshot) error {
 		errs = append(errs, errors.New("this was left behind"))
 	} else {
 		errs = append(errs, d.removeDirs())
-		s.done("nothing left behind: no mount, namespace, link, cgroup, nft table, process")
+		s.done("nothing left behind: no mount, namespace, link, address, route, cgroup, nft table, process")
 	}
 	return errors.Join(errs...)
 }

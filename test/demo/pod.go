@@ -39,7 +39,7 @@ func containerConfigs(image string) []*runtimeapi.ContainerConfig {
 			LogPath:  name + ".log",
 			Linux: &runtimeapi.LinuxContainerConfig{
 				Resources:       &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: 64 << 20, CpuPeriod: 100000, CpuQuota: 50000},
-				SecurityContext: &runtimeapi.LinuxContainerSecurityContext{NoNewPrivs: true},
+				SecurityContext: &runtimeapi.LinuxContainerSecurityContext{NoNewPrivs: true, NamespaceOptions: namespaces()},
 			},
 		}
 	}
@@ -48,6 +48,12 @@ func containerConfigs(image string) []*runtimeapi.ContainerConfig {
 		of("counter", "/bin/sh", "-c", fmt.Sprintf(
 			`i=0; while :; do i=$((i+1)); echo "$i: $(wget -qO- http://127.0.0.1:%d/ 2>&1)"; sleep 0.5; done`, webPort)),
 	}
+}
+
+// namespaces are those of an ordinary Kubernetes pod: network and IPC for the
+// pod, processes for each container.
+func namespaces() *runtimeapi.NamespaceOption {
+	return &runtimeapi.NamespaceOption{Pid: runtimeapi.NamespaceMode_CONTAINER}
 }
 
 // runPod makes the pod on the built-in network and calls it from the host.
@@ -66,7 +72,7 @@ func (d *demo) runPod(ctx context.Context) error {
 		Metadata:     &runtimeapi.PodSandboxMetadata{Name: "hello", Namespace: "demo", Uid: fmt.Sprintf("demo-%d", os.Getpid())},
 		Hostname:     "hello",
 		LogDirectory: logs,
-		Linux:        &runtimeapi.LinuxPodSandboxConfig{CgroupParent: parent, SecurityContext: &runtimeapi.LinuxSandboxSecurityContext{}},
+		Linux:        &runtimeapi.LinuxPodSandboxConfig{CgroupParent: parent, SecurityContext: &runtimeapi.LinuxSandboxSecurityContext{NamespaceOptions: namespaces()}},
 	}}
 	began := time.Now()
 	made, err := rt.RunPodSandbox(ctx, &runtimeapi.RunPodSandboxRequest{Config: d.pod.config})

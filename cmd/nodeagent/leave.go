@@ -1,0 +1,32 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+)
+
+// leaveTimeout bounds what a stopping daemon does about what it leaves.
+const leaveTimeout = 10 * time.Second
+
+// leave takes away what serves all pods together, if there is none: the shim
+// and the network's tables, addresses and routes. With pods it does nothing,
+// since they go on. Nothing of ours serves any more when it is called.
+func (d *node) leave(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, leaveTimeout)
+	defer cancel()
+	pods, err := d.cri.ListPodSandbox(ctx, &runtimeapi.ListPodSandboxRequest{})
+	if err != nil {
+		return fmt.Errorf("look for pods that go on: %w", err)
+	}
+	if n := len(pods.Items); n > 0 {
+		d.log.Info("pods go on without the daemon", "pods", n)
+		return nil
+	}
+	if err := d.shim.Leave(ctx); err != nil {
+		return err
+	}
+	return d.network.Remove(ctx)
+}

@@ -44,6 +44,66 @@ type callError struct {
 func (e *callError) Error() string { return e.text }
 func (e *callError) Unwrap() error { return e.class }
 
+// again makes a call that may be made twice, and makes it again when the shim
+// dies meanwhile, until ctx ends.
+func again[T any](ctx context.Context, c *Client, call func(*connection) (T, error)) (T, error) {
+	for {
+		var none T
+		conn, err := c.get(ctx)
+		if err != nil {
+			return none, err
+		}
+		v, err := call(conn)
+		if err == nil {
+			return v, nil
+		}
+		if ctx.Err() != nil || !conn.gone(err) {
+			return none, local(err)
+		}
+		select {
+		case <-conn.lost:
+		case <-ctx.Done():
+			return none, local(err)
+		}
+		c.drop(conn)
+	}
+}
+
+// undoable makes a call that ctx does not reach. When ctx ends first, undo
+// makes the call end (it is the shim that undoes it), and its end is awaited;
+// without undo the call ends by itself some time.
+func undoable[T any](ctx context.Context, call func(context.Context) (T, error), undo func()) (T, error) {
+	type result struct {
+		v   T
+		err error
+	}
+	done := make(chan result, 1)
+	go func() {
+		v, err := call(context.WithoutCancel(ctx))
+		done <- result{v, err}
+	}()
+	select {
+	case r := <-done:
+		return r.v, r.err
+	case <-ctx.Done():
+	}
+	if undo != nil {
+		undo()
+		<-done
+	}
+	var none T
+	return none, ctx.Err()
+}
+
+// gone says whether err is the loss of the connection and no answer.
+func (conn *connection) gone(err error) bool {
+	if errors.Is(err, ttrpc.ErrClosed) {
+		return true
+	}
+	_, answered := status.FromError(err)
+	return !answered && !errors.Is(err, context.Canceled) && !errors.Is(err, context.DeadlineExceeded)
+}
+
 // local gives an error from the wire its class back.
 func local(err error) error {
 	if err == nil {
@@ -70,37 +130,31 @@ func local(err error) error {
 //
 // Errors: NotFound or InvalidArgument with libcontainer's text when the program
 // cannot be executed; AlreadyExists when the ID is deleted but not forgotten;
-// InvalidArgument for a wrong spec; ResourceExhausted; Unavailable when the
-// shim dies meanwhile (nothing is left then, either).
+// InvalidArgument for a wrong spec; ResourceExhausted. When the shim dies
+// meanwhile the next one is asked.
 func (c *Client) Start(ctx context.Context, s Spec) (State, error) {
 	req, err := c.startRequest(s)
 	if err != nil {
 		return State{}, err
 	}
-	conn, err := c.get(ctx)
+	resp, err := undoable(ctx, func(ctx context.Context) (*api.ContainerState, error) {
+		return again(ctx, c, func(conn *connection) (*api.ContainerState, error) { return conn.svc.Start(ctx, req) })
+	}, func() { c.abort(req) })
 	if err != nil {
 		return State{}, err
 	}
-	resp, err := conn.svc.Start(ctx, req)
-	if err == nil {
-		return stateOf(resp), nil
-	}
-	if ctx.Err() != nil {
-		c.abort(req)
-	}
-	return State{}, local(err)
+	return stateOf(resp), nil
 }
 
 // abort undoes a start whose caller has gone.
 func (c *Client) abort(req *api.StartRequest) {
 	ctx, cancel := context.WithTimeout(context.Background(), undoPatience)
 	defer cancel()
-	conn, err := c.get(ctx)
-	if err == nil {
-		_, err = conn.svc.Abort(ctx, &api.AbortRequest{Id: req.Id, Token: req.Token})
-	}
+	_, err := again(ctx, c, func(conn *connection) (*api.Empty, error) {
+		return conn.svc.Abort(ctx, &api.AbortRequest{Id: req.Id, Token: req.Token})
+	})
 	if err != nil {
-		c.cfg.Log.Error("undo abandoned start", "container", req.Id, "err", local(err))
+		c.cfg.Log.Error("undo abandoned start", "container", req.Id, "err", err)
 	}
 }
 
@@ -133,25 +187,21 @@ func (c *Client) startRequest(s Spec) (*api.StartRequest, error) {
 // Signal sends sig to the container's first process, or with all to each of its
 // processes. NotFound when it has exited.
 func (c *Client) Signal(ctx context.Context, id string, sig syscall.Signal, all bool) error {
-	conn, err := c.get(ctx)
-	if err != nil {
-		return err
-	}
-	_, err = conn.svc.Signal(ctx, &api.SignalRequest{Id: id, Signal: int32(sig), All: all})
-	return local(err)
+	_, err := again(ctx, c, func(conn *connection) (*api.Empty, error) {
+		return conn.svc.Signal(ctx, &api.SignalRequest{Id: id, Signal: int32(sig), All: all})
+	})
+	return err
 }
 
 // Delete kills all that runs in the container, waits for it and removes
 // everything but the exit record, which stays until Forget. Asked again it
 // returns the same. NotFound when there is neither container nor record.
 func (c *Client) Delete(ctx context.Context, id string) (Exit, error) {
-	conn, err := c.get(ctx)
+	x, err := again(ctx, c, func(conn *connection) (*api.ContainerExit, error) {
+		return conn.svc.Delete(ctx, &api.IDRequest{Id: id})
+	})
 	if err != nil {
 		return Exit{}, err
-	}
-	x, err := conn.svc.Delete(ctx, &api.IDRequest{Id: id})
-	if err != nil {
-		return Exit{}, local(err)
 	}
 	return *exitOf(x), nil
 }
@@ -159,37 +209,29 @@ func (c *Client) Delete(ctx context.Context, id string) (Exit, error) {
 // Forget drops the exit record of a deleted container. FailedPrecondition
 // while the container is there; nil when there is no record.
 func (c *Client) Forget(ctx context.Context, id string) error {
-	conn, err := c.get(ctx)
-	if err != nil {
-		return err
-	}
-	_, err = conn.svc.Forget(ctx, &api.IDRequest{Id: id})
-	return local(err)
+	_, err := again(ctx, c, func(conn *connection) (*api.Empty, error) {
+		return conn.svc.Forget(ctx, &api.IDRequest{Id: id})
+	})
+	return err
 }
 
 // State returns what is known of a container; of a deleted one its exit, until
 // it is forgotten.
 func (c *Client) State(ctx context.Context, id string) (State, error) {
-	conn, err := c.get(ctx)
+	s, err := again(ctx, c, func(conn *connection) (*api.ContainerState, error) {
+		return conn.svc.State(ctx, &api.IDRequest{Id: id})
+	})
 	if err != nil {
 		return State{}, err
-	}
-	s, err := conn.svc.State(ctx, &api.IDRequest{Id: id})
-	if err != nil {
-		return State{}, local(err)
 	}
 	return stateOf(s), nil
 }
 
 // List returns the State of all containers that State knows.
 func (c *Client) List(ctx context.Context) ([]State, error) {
-	conn, err := c.get(ctx)
+	resp, err := again(ctx, c, func(conn *connection) (*api.ListResponse, error) { return conn.svc.List(ctx, &api.Empty{}) })
 	if err != nil {
 		return nil, err
-	}
-	resp, err := conn.svc.List(ctx, &api.Empty{})
-	if err != nil {
-		return nil, local(err)
 	}
 	all := make([]State, 0, len(resp.Containers))
 	for _, s := range resp.Containers {
@@ -202,23 +244,18 @@ func (c *Client) List(ctx context.Context) ([]State, error) {
 // is replaced meanwhile.
 func (c *Client) Wait(ctx context.Context, id string) (Exit, error) {
 	for {
-		conn, err := c.get(ctx)
+		// The shim answers within waitPatience, so an abandoned call ends too.
+		x, err := undoable(ctx, func(ctx context.Context) (*api.ContainerExit, error) {
+			return again(ctx, c, func(conn *connection) (*api.ContainerExit, error) {
+				return conn.svc.Wait(ctx, &api.IDRequest{Id: id})
+			})
+		}, nil)
 		if err != nil {
 			return Exit{}, err
 		}
-		x, err := conn.svc.Wait(ctx, &api.IDRequest{Id: id})
-		if err == nil {
+		if x.Id != "" {
 			return *exitOf(x), nil
 		}
-		if err = local(err); !errdefs.IsUnavailable(err) || ctx.Err() != nil {
-			return Exit{}, err
-		}
-		select {
-		case <-conn.lost:
-		case <-ctx.Done():
-			return Exit{}, ctx.Err()
-		}
-		time.Sleep(time.Millisecond)
 	}
 }
 
@@ -228,22 +265,18 @@ func (c *Client) Update(ctx context.Context, id string, r *specs.LinuxResources)
 	if err != nil {
 		return fmt.Errorf("update container %q: encode resources: %w", id, err)
 	}
-	conn, err := c.get(ctx)
-	if err != nil {
-		return err
-	}
-	_, err = conn.svc.Update(ctx, &api.UpdateRequest{Id: id, Resources: text})
-	return local(err)
+	_, err = again(ctx, c, func(conn *connection) (*api.Empty, error) {
+		return conn.svc.Update(ctx, &api.UpdateRequest{Id: id, Resources: text})
+	})
+	return err
 }
 
 // ReopenLog opens the log by its path again, after it was renamed.
 func (c *Client) ReopenLog(ctx context.Context, id string) error {
-	conn, err := c.get(ctx)
-	if err != nil {
-		return err
-	}
-	_, err = conn.svc.ReopenLog(ctx, &api.IDRequest{Id: id})
-	return local(err)
+	_, err := again(ctx, c, func(conn *connection) (*api.Empty, error) {
+		return conn.svc.ReopenLog(ctx, &api.IDRequest{Id: id})
+	})
+	return err
 }
 
 // Shutdown ends the shim and its reaper; containers run on, unwatched. For

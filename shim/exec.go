@@ -37,13 +37,12 @@ func (c *Client) ExecSync(ctx context.Context, id string, o ExecOptions) (ExecRe
 		return ExecResult{}, err
 	}
 	session := rand.Text()
-	resp, err := conn.svc.ExecSync(ctx, &api.ExecSyncRequest{
-		Id: id, Session: session, Process: text, Timeout: int64(o.Timeout), MaxOutput: int64(o.MaxOutput),
-	})
+	resp, err := undoable(ctx, func(ctx context.Context) (*api.ExecSyncResponse, error) {
+		return conn.svc.ExecSync(ctx, &api.ExecSyncRequest{
+			Id: id, Session: session, Process: text, Timeout: int64(o.Timeout), MaxOutput: int64(o.MaxOutput),
+		})
+	}, func() { conn.cancel(session) })
 	if err != nil {
-		if ctx.Err() != nil {
-			conn.cancel(session)
-		}
 		return ExecResult{}, local(err)
 	}
 	r := ExecResult{Stdout: resp.Stdout, Stderr: resp.Stderr, Code: int(resp.Code), TimedOut: resp.TimedOut}

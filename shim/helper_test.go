@@ -220,10 +220,11 @@ func waitGone(pid int) {
 // killShim kills the shim with SIGKILL and returns when it is dead.
 func (n *node) killShim() {
 	n.t.Helper()
-	pids := n.find("serve")
-	if len(pids) != 1 {
-		n.t.Fatalf("%d shims, want 1", len(pids))
-	}
+	var pids []int
+	eventually(n.t, 10*time.Second, func() string {
+		pids = n.find("serve")
+		return map[bool]string{false: "not one shim"}[len(pids) == 1]
+	})
 	n.killAll(pids)
 }
 

@@ -89,11 +89,21 @@ func (c *Client) session(ctx context.Context) error {
 func (c *Client) set(conn *connection) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
+	had := c.conn != nil
 	if c.conn = conn; conn != nil {
 		close(c.ready)
-		return
+	} else if had {
+		c.ready = make(chan struct{})
 	}
-	c.ready = make(chan struct{})
+}
+
+// drop forgets conn, which is lost, before Run notices.
+func (c *Client) drop(conn *connection) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.conn == conn {
+		c.conn, c.ready = nil, make(chan struct{})
+	}
 }
 
 // connect reaches the shim. When nobody answers and no reaper lives that would

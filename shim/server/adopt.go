@@ -171,7 +171,11 @@ func (s *Server) adoptStdio(c *container) error {
 			return err
 		}
 	}
+	c.io.out = [2]*os.File{take("out"), take("err")}
 	for i, name := range []string{"stdout", "stderr"} {
+		if c.io.out[i] != nil {
+			continue
+		}
 		f, err := openFd(c.fifo(name), unix.O_RDONLY|unix.O_NONBLOCK)
 		if errors.Is(err, os.ErrNotExist) {
 			continue

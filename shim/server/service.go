@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/containerd/ttrpc"
@@ -140,12 +141,20 @@ func (v service) List(context.Context, *api.Empty) (*api.ListResponse, error) {
 	return resp, nil
 }
 
+// waitPatience is when a Wait that has nothing to say yet says so: a client that
+// has gone on cannot tell us.
+const waitPatience = 20 * time.Second
+
 func (v service) Wait(ctx context.Context, r *api.IDRequest) (*api.ContainerExit, error) {
 	c, err := v.s.get(r.Id)
 	if err == nil {
+		t := time.NewTimer(waitPatience)
+		defer t.Stop()
 		select {
 		case <-c.exited:
 			return wireExit(c.exitRecord()), nil
+		case <-t.C:
+			return &api.ContainerExit{}, nil
 		case <-ctx.Done():
 			return nil, wire(ctx.Err())
 		}

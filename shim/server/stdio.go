@@ -5,6 +5,7 @@ package server
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"sync"
@@ -22,9 +23,11 @@ import (
 //
 // Outputs are named fifos whose container side is open for reading too: so the
 // container never sees a broken pipe when the shim dies; it blocks when the
-// fifo is full and goes on when the next shim opens it by its name. A terminal's
-// output goes master -> fifo -> log; its master and the fifo, and the write end
-// of stdin, live on in the reaper.
+// fifo is full and goes on when the next shim reads it. What is in a fifo lives
+// only as long as somebody has it open, so the reaper holds the read ends too:
+// a container may end while there is no shim. A terminal's output goes master ->
+// fifo -> log; its master and the fifo, and the write end of stdin, live on in
+// the reaper as well.
 type stdio struct {
 	out [2]*os.File // read ends, not blocking; nil: none
 	in  *os.File    // write end of stdin, not blocking; nil: none
@@ -191,23 +194,27 @@ func openFd(path string, flags int) (*os.File, error) {
 	}
 }
 
-// keep gives the reaper what must outlive this process.
+// kept are the files that must outlive this process, by the reaper's names.
+func (c *container) kept() map[string]*os.File {
+	all := map[string]*os.File{
+		"out/" + c.id: c.io.out[0], "err/" + c.id: c.io.out[1],
+		"tty/" + c.id: c.io.tty, "via/" + c.id: c.io.via, "stdin/" + c.id: c.io.in,
+	}
+	maps.DeleteFunc(all, func(_ string, f *os.File) bool { return f == nil })
+	return all
+}
+
 func (s *Server) keep(c *container) {
-	for name, f := range map[string]*os.File{"tty": c.io.tty, "via": c.io.via, "stdin": c.io.in} {
-		if f == nil {
-			continue
-		}
-		if err := s.cfg.Reaper.Keep(name+"/"+c.id, rawFd(f)); err != nil {
-			s.cfg.Log.Error("give descriptor to the reaper", "container", c.id, "what", name, "err", err)
+	for name, f := range c.kept() {
+		if err := s.cfg.Reaper.Keep(name, rawFd(f)); err != nil {
+			s.cfg.Log.Error("give descriptor to the reaper", "name", name, "err", err)
 		}
 	}
 }
 
 func (s *Server) dropKept(c *container) {
-	for name, f := range map[string]*os.File{"tty": c.io.tty, "via": c.io.via, "stdin": c.io.in} {
-		if f != nil {
-			_ = s.cfg.Reaper.Drop(name + "/" + c.id)
-		}
+	for name := range c.kept() {
+		_ = s.cfg.Reaper.Drop(name)
 	}
 }
 

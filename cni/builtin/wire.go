@@ -98,12 +98,7 @@ func (n *Network) wire(ctx context.Context, node *node, a Attachment) (_ *wired,
 	}()
 	steps.add(func(context.Context) error { return w.pod.Close() })
 
-	var b rtnl.Batch
-	b.AddVeth(w.Veth, node.v6)
-	if err := n.rt.Do(&b); err != nil {
-		if errors.Is(err, unix.EEXIST) {
-			return nil, fmt.Errorf("%w (the namespace is attached already, or has a link %s): %w", err, w.Peer, errdefs.ErrAlreadyExists)
-		}
+	if err := n.addVeth(w.Veth); err != nil {
 		return nil, err
 	}
 	steps.add(func(context.Context) error { return n.dropLink(w.Name) })
@@ -128,6 +123,21 @@ func (n *Network) wire(ctx context.Context, node *node, a Attachment) (_ *wired,
 		return nil, err
 	}
 	return w, nil
+}
+
+// addVeth makes the pair. If it is there, that may be one already given up and not yet deleted.
+func (n *Network) addVeth(v rtnl.Veth) error {
+	var b rtnl.Batch
+	b.AddVeth(v)
+	err := n.rt.Do(&b)
+	if errors.Is(err, unix.EEXIST) {
+		n.deleteDead()
+		err = n.rt.Do(&b)
+	}
+	if errors.Is(err, unix.EEXIST) {
+		return fmt.Errorf("%w (the namespace is attached already, or has a link %s): %w", err, v.Peer, errdefs.ErrAlreadyExists)
+	}
+	return err
 }
 
 // preparePod does the pod's side: loopback, link, neighbours, routes.

@@ -36,11 +36,11 @@ type Veth struct {
 
 // AddVeth makes the pair, both ends down and without automatic IPv6 link-local addresses.
 // One queue each: a veth uses one unless XDP is attached, and the kernel else allocates one for each CPU.
-func (b *Batch) AddVeth(v Veth, v6 bool) {
+func (b *Batch) AddVeth(v Veth) {
 	b.Begin(unix.RTM_NEWLINK, unix.NLM_F_CREATE|unix.NLM_F_EXCL, "create veth "+v.Name)
 	b.link(0, 0, 0)
 	b.Str(unix.IFLA_IFNAME, v.Name)
-	b.veth(v.MAC, v.MTU, v6)
+	b.veth(v.MAC, v.MTU)
 	b.U32(unix.IFLA_GROUP, v.Group)
 	info := b.Nest(unix.IFLA_LINKINFO)
 	b.Attr(unix.IFLA_INFO_KIND, []byte("veth"))
@@ -48,14 +48,14 @@ func (b *Batch) AddVeth(v Veth, v6 bool) {
 	peer := b.Nest(1) // VETH_INFO_PEER
 	b.link(0, 0, 0)
 	b.Str(unix.IFLA_IFNAME, v.Peer)
-	b.veth(v.PeerMAC, v.MTU, v6)
+	b.veth(v.PeerMAC, v.MTU)
 	b.U32(unix.IFLA_NET_NS_FD, uint32(v.PeerNS))
 	peer()
 	data()
 	info()
 }
 
-func (b *Batch) veth(mac net.HardwareAddr, mtu int, _ bool) {
+func (b *Batch) veth(mac net.HardwareAddr, mtu int) {
 	b.Attr(unix.IFLA_ADDRESS, mac)
 	b.U32(unix.IFLA_NUM_TX_QUEUES, 1)
 	b.U32(unix.IFLA_NUM_RX_QUEUES, 1)

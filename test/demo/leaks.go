@@ -94,11 +94,12 @@ func routesAndAddresses(c config.Config) (routes, addrs []string) {
 
 // cgroupsOf finds the groups that bear our name in one hierarchy.
 func cgroupsOf(root string, c config.Config) []string {
+	names := []string{cgroupName, cgroupName + ".slice", c.Network.Name, c.Network.Name + ".slice"}
 	var found []string
 	filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
-		rel := path[len(root):]
-		if err == nil && d.IsDir() && (strings.Contains(rel, cgroupName) || strings.Contains(rel, c.Network.Name)) {
+		if err == nil && d.IsDir() && slices.Contains(names, d.Name()) {
 			found = append(found, path)
+			return fs.SkipDir
 		}
 		return nil // groups come and go
 	})

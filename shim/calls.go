@@ -78,8 +78,10 @@ func undoable[T any](ctx context.Context, call func(context.Context) (T, error),
 		err error
 	}
 	done := make(chan result, 1)
+	own, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	go func() {
-		v, err := call(context.WithoutCancel(ctx))
+		defer cancel()
+		v, err := call(own)
 		done <- result{v, err}
 	}()
 	select {
@@ -89,6 +91,8 @@ func undoable[T any](ctx context.Context, call func(context.Context) (T, error),
 	}
 	if undo != nil {
 		undo()
+		t := time.AfterFunc(time.Second, cancel) // no shim answers
+		defer t.Stop()
 		<-done
 	}
 	var none T
@@ -135,6 +139,9 @@ func local(err error) error {
 func (c *Client) Start(ctx context.Context, s Spec) (State, error) {
 	req, err := c.startRequest(s)
 	if err != nil {
+		return State{}, err
+	}
+	if _, err := c.get(ctx); err != nil {
 		return State{}, err
 	}
 	resp, err := undoable(ctx, func(ctx context.Context) (*api.ContainerState, error) {

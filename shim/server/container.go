@@ -49,8 +49,9 @@ type container struct {
 	taps   taps
 	execs  atomic.Uint64 // names their cgroups
 
-	mu   sync.Mutex
-	exit *record.Exit // set before exited is closed
+	mu          sync.Mutex
+	exit        *record.Exit // set before exited is closed
+	staleGroups []string     // cgroups of execs that left something running
 }
 
 func (c *container) isStarted() bool {

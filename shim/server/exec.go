@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"sync"
 	"time"
@@ -53,7 +54,7 @@ func (s *Server) exec(c *container, lp *libcontainer.Process) (_ *execution, err
 	}
 	lp.SubCgroupPaths = e.group.sub
 	if err := c.lc.Start(lp); err != nil {
-		e.group.remove()
+		e.group.remove(c)
 		return nil, fmt.Errorf("exec in container %q: %w", c.id, startError(err))
 	}
 	if e.pid, err = lp.Pid(); err == nil {
@@ -61,7 +62,7 @@ func (s *Server) exec(c *container, lp *libcontainer.Process) (_ *execution, err
 	}
 	if err != nil {
 		_, _ = lp.Wait()
-		e.group.remove()
+		e.group.remove(c)
 		return nil, fmt.Errorf("exec in container %q: %w", c.id, err)
 	}
 	return e, nil
@@ -84,7 +85,7 @@ func (e *execution) reap() int {
 	x := childStatus(e.pid)
 	reap(e.pid)
 	e.pidfd.Close()
-	e.group.remove()
+	e.group.remove(e.c)
 	return x.Code
 }
 
@@ -104,6 +105,7 @@ func (e *execution) kill() int {
 		}()
 		return 128 + int(unix.SIGKILL)
 	}
+	e.group.awaitEmpty()
 	return e.reap()
 }
 
@@ -117,6 +119,7 @@ type execGroup struct {
 }
 
 func (c *container) newExecGroup() (execGroup, error) {
+	c.removeStale()
 	name := "exec-" + strconv.FormatUint(c.execs.Add(1), 10)
 	g := execGroup{v2: cgroups.IsCgroup2UnifiedMode()}
 	controller := "freezer"
@@ -144,11 +147,30 @@ func (c *container) newExecGroup() (execGroup, error) {
 	}
 }
 
-// remove removes the group if nothing is in it; otherwise it goes with the
-// container.
-func (g execGroup) remove() {
-	if g.path != "" {
-		_ = unix.Rmdir(g.path)
+// remove removes the group if nothing is in it; otherwise a later exec does, or
+// the delete of the container.
+func (g execGroup) remove(c *container) {
+	if g.path != "" && unix.Rmdir(g.path) == unix.EBUSY {
+		c.mu.Lock()
+		defer c.mu.Unlock()
+		c.staleGroups = append(c.staleGroups, g.path)
+	}
+}
+
+// removeStale removes the groups that have become empty.
+func (c *container) removeStale() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.staleGroups = slices.DeleteFunc(c.staleGroups, func(path string) bool { return unix.Rmdir(path) != unix.EBUSY })
+}
+
+// awaitEmpty waits a little until nothing lives in the group any more.
+func (g execGroup) awaitEmpty() {
+	for range 200 {
+		if g.path == "" || len(procs(g.path)) == 0 {
+			return
+		}
+		time.Sleep(time.Millisecond)
 	}
 }
 

@@ -85,7 +85,9 @@ func TestInterrupt(t *testing.T) {
 			}
 			time.Sleep(after)
 			cmd.Process.Signal(unix.SIGINT)
-			if err := cmd.Wait(); err != nil || !strings.Contains(out.String(), "nothing left behind") {
+			err := cmd.Wait()
+			if begun := strings.Contains(out.String(), "Taking it all away"); err != nil ||
+				begun != strings.Contains(out.String(), "nothing left behind") {
 				t.Errorf("%v\n%s", err, out.String())
 			}
 		})

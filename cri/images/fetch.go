@@ -6,15 +6,12 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"slices"
+	"net/url"
 	"strings"
 	"syscall"
 	"time"
 
-	"github.com/containerd/containerd/v2/core/diff"
-	"github.com/containerd/containerd/v2/core/diff/apply"
 	ctdimages "github.com/containerd/containerd/v2/core/images"
-	"github.com/containerd/containerd/v2/core/mount"
 	"github.com/containerd/containerd/v2/core/remotes"
 	remoteserrors "github.com/containerd/containerd/v2/core/remotes/errors"
 	"github.com/containerd/containerd/v2/core/snapshots"
@@ -37,13 +34,14 @@ const (
 func (s *Store) fetchAndUnpack(ctx context.Context, src source, report *reporter) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
+	layers := &layerWriter{Snapshotter: s.sn, content: s.content, report: report, implicit: map[string][]string{}}
 	unpacker, err := unpack.NewUnpacker(ctx, s.content,
 		unpack.WithUnpackPlatform(unpack.Platform{
 			Platform:                platforms.All,
 			SnapshotterKey:          snapshotter,
-			Snapshotter:             s.sn,
+			Snapshotter:             layers,
 			SnapshotterCapabilities: []string{snapshots.RebaseCap},
-			Applier:                 &applier{next: apply.NewFileSystemApplier(s.content), report: report},
+			Applier:                 layers,
 		}),
 		unpack.WithLimiter(semaphore.NewWeighted(int64(s.cfg.MaxParallelDownloads))),
 		unpack.WithUnpackLimiter(s.unpacks),
@@ -131,12 +129,9 @@ func kindOf(desc ocispec.Descriptor) string {
 const maxAttempts = 5
 
 // fetchBlob brings one blob into the content store, verified by its digest.
-func (s *Store) fetchBlob(ctx context.Context, fetcher remotes.Fetcher, desc ocispec.Descriptor, report *reporter) error {
+func (s *Store) fetchBlob(ctx context.Context, fetcher blobSource, desc ocispec.Descriptor, report *reporter) error {
 	p := Progress{Digest: desc.Digest, Kind: kindOf(desc), Phase: Downloading, Total: desc.Size}
 	report.report(p)
-	if fetcher == nil {
-		fetcher = absent{}
-	}
 	ref := remotes.MakeRefKey(ctx, desc)
 	for attempt, wait := 1, 200*time.Millisecond; ; attempt, wait = attempt+1, wait*2 {
 		counted := &countingFetcher{next: fetcher, report: report, progress: p}
@@ -158,7 +153,7 @@ func (s *Store) fetchBlob(ctx context.Context, fetcher remotes.Fetcher, desc oci
 			return fmt.Errorf("the content is not what its digest says: %w: %w", err, errdefs.ErrDataLoss)
 		case isDiskFull(err):
 			return errors.Join(err, s.dropIngest(ctx, ref))
-		case !isTransient(err) || attempt == maxAttempts:
+		case fetcher.isLocal() || !isTransient(err) || attempt == maxAttempts:
 			return err
 		}
 		s.log.Debug("fetch again", "digest", desc.Digest, "attempt", attempt, "err", err)
@@ -190,14 +185,34 @@ func isTransient(err error) bool {
 	if errors.As(err, &status) {
 		return status.StatusCode >= 500 || status.StatusCode == 429
 	}
-	var network net.Error
-	return errors.Is(err, io.ErrUnexpectedEOF) || errors.As(err, &network) ||
-		slices.ContainsFunc([]error{syscall.ECONNRESET, syscall.EPIPE, syscall.ECONNREFUSED, syscall.ETIMEDOUT},
-			func(e error) bool { return errors.Is(err, e) })
+	return isNetwork(err)
 }
 
-// absent is the fetcher of imports: what is not in the store is nowhere.
+// isNetwork tells errors of connections from those of files. (Every errno is a
+// net.Error, so that interface does not tell.)
+func isNetwork(err error) bool {
+	var op *net.OpError
+	var request *url.Error
+	return errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, syscall.ECONNRESET) ||
+		errors.As(err, &op) || errors.As(err, &request) && !errors.Is(err, context.Canceled)
+}
+
+// blobSource is where blobs come from. From a local one, trying again is of no
+// use.
+type blobSource interface {
+	remotes.Fetcher
+	isLocal() bool
+}
+
+type remoteBlobs struct{ remotes.Fetcher }
+
+func (remoteBlobs) isLocal() bool { return false }
+
+// absent is the source when all is in the store already: what is not there is
+// nowhere.
 type absent struct{}
+
+func (absent) isLocal() bool { return true }
 
 func (absent) Fetch(_ context.Context, desc ocispec.Descriptor) (io.ReadCloser, error) {
 	return nil, fmt.Errorf("blob is not in the archive: %w", errdefs.ErrNotFound)
@@ -248,35 +263,4 @@ func (c *countingSeeker) Seek(offset int64, whence int) (int64, error) {
 		c.of.report.jump(c.of.progress)
 	}
 	return n, err
-}
-
-// applier unpacks layers through containerd's applier and reports it.
-type applier struct {
-	next   diff.Applier
-	report *reporter
-}
-
-func (a *applier) Apply(ctx context.Context, desc ocispec.Descriptor, mounts []mount.Mount, opts ...diff.ApplyOpt) (ocispec.Descriptor, error) {
-	p := Progress{Digest: desc.Digest, Kind: kindOf(desc), Phase: Unpacking, Total: desc.Size}
-	opts = append(slices.Clone(opts), diff.WithProgress(func(_ ocispec.Descriptor, n int64) {
-		p.Offset = n
-		a.report.report(p)
-	}))
-	got, err := a.next.Apply(ctx, desc, intoUpper(mounts), opts...)
-	if err == nil {
-		p.Phase, p.Offset = Unpacked, desc.Size
-		a.report.report(p)
-	}
-	return got, err
-}
-
-// intoUpper turns the bind mount of a lowest layer into the writable directory
-// of an overlay, into which containerd's applier writes without mounting it
-// (as the unpacker does for all other layers). A mount in a temporary directory
-// would outlive us if we were killed.
-func intoUpper(mounts []mount.Mount) []mount.Mount {
-	if len(mounts) != 1 || mounts[0].Type != "bind" {
-		return mounts
-	}
-	return []mount.Mount{{Type: "overlay", Source: "overlay", Options: []string{"upperdir=" + mounts[0].Source}}}
 }

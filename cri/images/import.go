@@ -192,6 +192,8 @@ func importNames(a archived, base string) ([]string, error) {
 // dirFetcher reads blobs of an OCI layout directory.
 type dirFetcher struct{ dir string }
 
+func (dirFetcher) isLocal() bool { return true }
+
 func (f dirFetcher) Fetch(ctx context.Context, desc ocispec.Descriptor) (io.ReadCloser, error) {
 	if f.dir == "" {
 		return absent{}.Fetch(ctx, desc)

@@ -5,15 +5,12 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
-	"io"
-	"net"
 	"net/http"
 	"syscall"
 	"time"
 
 	ctdimages "github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/core/leases"
-	"github.com/containerd/containerd/v2/core/remotes"
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	remoteserrors "github.com/containerd/containerd/v2/core/remotes/errors"
 	"github.com/containerd/errdefs"
@@ -148,7 +145,7 @@ func (s *Store) pull(ctx context.Context, cancel context.CancelCauseFunc, named 
 		if err != nil {
 			return source{}, fmt.Errorf("resolve: %w", err)
 		}
-		return source{target: target, names: namesFor(named, target.Digest), fetcher: fetcher}, nil
+		return source{target: target, names: namesFor(named, target.Digest), fetcher: remoteBlobs{fetcher}}, nil
 	})
 	if err != nil {
 		return Image{}, fmt.Errorf("pull image %q: %w", named.String(), explain(ctx, err))
@@ -161,7 +158,7 @@ func (s *Store) pull(ctx context.Context, cancel context.CancelCauseFunc, named 
 type source struct {
 	target  ocispec.Descriptor
 	names   []string
-	fetcher remotes.Fetcher // nil: all is in the content store already
+	fetcher blobSource
 }
 
 // acquire brings an image into the store under a lease: find, fetch and unpack
@@ -248,17 +245,36 @@ func explain(ctx context.Context, err error) error {
 	case cause != nil && errors.Is(err, context.Canceled):
 		return cause
 	}
+	err = withoutAborted(err)
 	var status remoteserrors.ErrUnexpectedStatus
-	var network net.Error
 	switch {
 	case errors.Is(err, docker.ErrInvalidAuthorization):
 		return fmt.Errorf("%w: %w", err, errdefs.ErrUnauthenticated)
 	case errors.As(err, &status):
 		return fmt.Errorf("%w: %w", err, statusClass(status.StatusCode))
-	case errors.As(err, &network), errors.Is(err, io.ErrUnexpectedEOF):
+	case isNetwork(err):
 		return fmt.Errorf("%w: %w", err, errdefs.ErrUnavailable)
 	}
 	return err
+}
+
+// withoutAborted drops from the unpacker's error what it says of layers that it
+// gave up because of another one.
+func withoutAborted(err error) error {
+	joined, ok := err.(interface{ Unwrap() []error })
+	if !ok {
+		return err
+	}
+	var kept []error
+	for _, e := range joined.Unwrap() {
+		if e = withoutAborted(e); e != nil && e.Error() != "aborted" {
+			kept = append(kept, e)
+		}
+	}
+	if len(kept) == 1 {
+		return kept[0]
+	}
+	return errors.Join(kept...)
 }
 
 // statusClass is the error class of an HTTP status from a registry.

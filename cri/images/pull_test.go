@@ -42,7 +42,7 @@ func big(t testing.TB, seed uint64, n int) testimages.Image {
 	return must(testimages.New(testimages.Config{}, a, b))(t)
 }
 
-func path(digest fmt.Stringer) *regexp.Regexp {
+func onPath(digest fmt.Stringer) *regexp.Regexp {
 	return regexp.MustCompile(regexp.QuoteMeta(digest.String()))
 }
 
@@ -107,7 +107,7 @@ func TestPullEmptyImage(t *testing.T) {
 
 func TestPullFaults(t *testing.T) {
 	img := big(t, 7, 1<<20)
-	layer := path(img.Layers[0].Desc.Digest)
+	layer := onPath(img.Layers[0].Desc.Digest)
 	for name, c := range map[string]struct {
 		fault registry.Fault
 		class error
@@ -116,7 +116,7 @@ func TestPullFaults(t *testing.T) {
 		"corrupted layer":         {registry.Fault{Path: layer, Corrupt: true}, errdefs.ErrDataLoss, img.Layers[0].Desc.Digest.String()},
 		"truncated layer":         {registry.Fault{Path: layer, Truncate: true}, errdefs.ErrUnavailable, img.Layers[0].Desc.Digest.String()},
 		"garbage layer":           {registry.Fault{Path: layer, Garbage: true}, nil, img.Layers[0].Desc.Digest.String()},
-		"garbage config":          {registry.Fault{Path: path(img.Config.Desc.Digest), Garbage: true}, nil, "config"},
+		"garbage config":          {registry.Fault{Path: onPath(img.Config.Desc.Digest), Garbage: true}, nil, "config"},
 		"garbage manifest":        {registry.Fault{Path: anyManifest, Garbage: true}, nil, "manifest"},
 		"corrupted manifest":      {registry.Fault{Path: anyManifest, Corrupt: true}, nil, ""},
 		"everything fails":        {registry.Fault{Path: regexp.MustCompile("."), Method: "HEAD", Status: 503}, errdefs.ErrUnavailable, "503"},
@@ -163,7 +163,7 @@ func TestPullSurvivesDrops(t *testing.T) {
 	f := setup(t)
 	img := big(t, 8, 2<<20)
 	ref := f.push("app:v1", img)
-	f.reg.Inject(registry.Fault{Path: path(img.Layers[0].Desc.Digest), DropAfter: 600_000, Times: 3})
+	f.reg.Inject(registry.Fault{Path: onPath(img.Layers[0].Desc.Digest), DropAfter: 600_000, Times: 3})
 	f.pull(ref)
 	if sent, want := f.reg.BytesSent(), img.Layers[0].Desc.Size; sent > want+want/2 {
 		t.Errorf("%d bytes were sent for a layer of %d", sent, want)
@@ -176,7 +176,7 @@ func TestPullCancelAndResume(t *testing.T) {
 	img := big(t, 9, 4<<20)
 	layer := img.Layers[0].Desc
 	ref := f.push("app:v1", img)
-	f.reg.Inject(registry.Fault{Path: path(layer.Digest), HangAfter: 3 << 20, Rate: 8 << 20, Times: 1})
+	f.reg.Inject(registry.Fault{Path: onPath(layer.Digest), HangAfter: 3 << 20, Rate: 8 << 20, Times: 1})
 	ctx, cancel := context.WithCancel(t.Context())
 	_, err := f.store.Pull(ctx, PullOptions{Ref: ref, Progress: func(p Progress) {
 		if p.Digest == layer.Digest && p.Offset > 2<<20 {
@@ -212,7 +212,7 @@ func TestPartialSurvivesRestartAndExpires(t *testing.T) {
 	img := big(t, 10, 4<<20)
 	layer := img.Layers[0].Desc
 	ref := f.push("app:v1", img)
-	f.reg.Inject(registry.Fault{Path: path(layer.Digest), HangAfter: 3 << 20})
+	f.reg.Inject(registry.Fault{Path: onPath(layer.Digest), HangAfter: 3 << 20})
 	ctx, cancel := context.WithTimeout(t.Context(), 500*time.Millisecond)
 	defer cancel()
 	if _, err := f.store.Pull(ctx, PullOptions{Ref: ref}); !errors.Is(err, context.DeadlineExceeded) {
@@ -240,7 +240,7 @@ func TestSameImagePulledTwiceAtOnce(t *testing.T) {
 	img := big(t, 11, 1<<20)
 	ref := f.push("app:v1", img)
 	hold := make(chan struct{})
-	f.reg.Inject(registry.Fault{Path: path(img.Layers[0].Desc.Digest), Wait: hold})
+	f.reg.Inject(registry.Fault{Path: onPath(img.Layers[0].Desc.Digest), Wait: hold})
 	var wg sync.WaitGroup
 	errs := make([]error, 5)
 	leave, cancel := context.WithCancel(t.Context())
@@ -286,7 +286,7 @@ func TestSharedLayerIsFetchedOnce(t *testing.T) {
 	f := setup(t)
 	shared := must(testimages.NewLayer(testimages.Gzip, testimages.Entry{Name: "big", Data: noise(12, 1<<20)}))(t)
 	hold := make(chan struct{})
-	f.reg.Inject(registry.Fault{Path: path(shared.Desc.Digest), Wait: hold})
+	f.reg.Inject(registry.Fault{Path: onPath(shared.Desc.Digest), Wait: hold})
 	var wg sync.WaitGroup
 	errs := make([]error, 4)
 	for i := range errs {
@@ -392,7 +392,7 @@ func TestProgress(t *testing.T) {
 	f := setup(t)
 	img := big(t, 13, 3<<20)
 	ref := f.push("app:v1", img)
-	f.reg.Inject(registry.Fault{Path: path(img.Layers[0].Desc.Digest), Rate: 8 << 20})
+	f.reg.Inject(registry.Fault{Path: onPath(img.Layers[0].Desc.Digest), Rate: 8 << 20})
 	last := map[string]Progress{}
 	calls := 0
 	if _, err := f.store.Pull(t.Context(), PullOptions{Ref: ref, Progress: func(p Progress) {

@@ -180,7 +180,7 @@ func (s *Store) unpackAgain(ctx context.Context, e *entry) error {
 		return fmt.Errorf("create lease: %w", err)
 	}
 	ctx = leases.WithLease(ctx, lease.ID)
-	err := s.fetchAndUnpack(ctx, source{target: e.image.Manifest}, newReporter(e.image.ID))
+	err := s.fetchAndUnpack(ctx, source{target: e.image.Manifest, fetcher: absent{}}, newReporter(e.image.ID))
 	if err == nil {
 		err = s.keepLayers(ctx, e.image)
 	}

@@ -190,7 +190,7 @@ func (s *Store) open() (err error) {
 	if err != nil {
 		return fmt.Errorf("open content store: %w", err)
 	}
-	s.backend, err = overlay.NewSnapshotter(filepath.Join(s.cfg.Root, "snapshots"), overlay.AsynchronousRemove)
+	s.backend, err = overlay.NewSnapshotter(filepath.Join(s.cfg.Root, "snapshots"), overlay.AsynchronousRemove, overlay.WithUpperdirLabel)
 	if err != nil {
 		return fmt.Errorf("open snapshotter: %w", err)
 	}

@@ -118,7 +118,7 @@ func defaults() Config {
 		CRI: CRI{
 			Streaming:           Streaming{Address: netip.MustParseAddr("127.0.0.1")},
 			CgroupDriver:        "auto",
-			UnsetSeccompProfile: "RuntimeDefault",
+			UnsetSeccompProfile: "Unconfined", // what the CRI says
 			MaxLogLineSize:      16 << 10,
 			ExecSyncMaxOutput:   16 << 20,
 			RuntimeHandlers:     []string{"nodeagent"},

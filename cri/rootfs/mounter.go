@@ -115,6 +115,11 @@ func (m *Mounter) mount(id string, layers Layers, opts Options) (string, error) 
 	if err := unix.Stat(layers.Lower[0], &top); err != nil {
 		return "", fmt.Errorf("look at layer %q: %w", layers.Lower[0], err)
 	}
+	if len(opts.UIDMap) > 0 {
+		if err := m.passable(id); err != nil {
+			return "", err
+		}
+	}
 	lower, done, err := m.mapped(m.lowerMount(id), layers.Lower, opts.IDMap)
 	if err != nil {
 		return "", err
@@ -135,8 +140,23 @@ func (m *Mounter) mount(id string, layers Layers, opts Options) (string, error) 
 	return target, o.mountAt(target, 0)
 }
 
+// passable lets the users of a user namespace through to their container. The
+// directories of others stay closed: a user of the host could run their setuid
+// programs.
+func (m *Mounter) passable(id string) error {
+	if err := os.Chmod(m.state, 0o711); err != nil {
+		return err
+	}
+	return os.Chmod(m.stateDir(id), 0o711)
+}
+
 // freshDirs makes upper, work and the mount point, empty.
 func (m *Mounter) freshDirs(id, target string) error {
+	// Passable, because the first process of a container in a user namespace
+	// has to get to its root filesystem; see passable.
+	if err := os.MkdirAll(m.state, 0o711); err != nil {
+		return err
+	}
 	if err := os.MkdirAll(target, 0o700); err != nil {
 		return err
 	}

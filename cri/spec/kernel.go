@@ -109,10 +109,11 @@ func openSlow(rootfs, name string, flags int) (*os.File, error) {
 	return pathrs.Reopen(h, flags)
 }
 
-// MountPropagation reads /proc/self/mountinfo; of mounts on the same place the
-// last one counts.
+// MountPropagation reads mountinfo; of mounts on the same place the last one
+// counts. It reads the thread's: the main thread, which /proc/self shows, may
+// have been left in another mount namespace by a library.
 func (hostKernel) MountPropagation(path string) (Propagation, error) {
-	f, err := os.Open("/proc/self/mountinfo")
+	f, err := os.Open("/proc/thread-self/mountinfo")
 	if err != nil {
 		return Propagation{}, err
 	}

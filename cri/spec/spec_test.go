@@ -110,13 +110,13 @@ func TestContainerIsAcceptedByLibcontainer(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		acceptedByLibcontainer(t, s)
+		convert(t, s)
 	}
 	p, err := Pause(PauseInput{ID: "p", Rootfs: t.TempDir(), Host: h, Namespaces: in.Namespaces})
 	if err != nil {
 		t.Fatal(err)
 	}
-	acceptedByLibcontainer(t, p)
+	convert(t, p)
 	t.Logf("%+v", h)
 }
 

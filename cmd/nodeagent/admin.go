@@ -11,6 +11,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -141,7 +142,7 @@ func answer(w http.ResponseWriter, r *http.Request, req any, work func(context.C
 		defer feed.close()
 		list, err := work(ctx, feed.put)
 		if err != nil {
-			last.Error = err.Error()
+			last.Error = strings.ReplaceAll(err.Error(), "\n", ": ") // joined errors
 			return
 		}
 		last.Images = adminImages(list)

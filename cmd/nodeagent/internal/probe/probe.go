@@ -98,7 +98,7 @@ func table() []probe {
 		{"eBPF", "BTF", false, "programs that adapt to the kernel cannot be loaded", btf},
 		{"eBPF", "bpffs", false, "policy is not enforced while the daemon restarts", bpffs},
 
-		{"security", "seccomp", true, "system call filters; RuntimeDefault is the default", seccomp},
+		{"security", "seccomp", true, "system call filters of containers", seccomp},
 		{"security", "AppArmor", false, "AppArmor profiles of pods are refused", appArmor},
 		{"security", "SELinux", false, "SELinux labels of pods are ignored", seLinux},
 		{"security", "capabilities", true, "the daemon cannot make containers", requiredCapabilities},

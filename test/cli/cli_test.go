@@ -1,0 +1,205 @@
+// Package cli runs the built nodeagent's commands against a daemon of their
+// own, as a person and as systemd would. It needs root and bin/nodeagent, and
+// skips without. The commands that need no daemon are tested beside their code.
+package cli
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/nodeagent/nodeagent/test/e2e/node"
+	"github.com/nodeagent/nodeagent/test/images"
+	"github.com/nodeagent/nodeagent/test/registry"
+)
+
+// start runs a daemon with the environment given and checks at the end that
+// it leaves nothing.
+func start(t *testing.T, env ...string) *node.Node {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	binary, err := node.Binary()
+	if err != nil {
+		t.Skip(err)
+	}
+	dir, err := os.MkdirTemp("", "nacli") // a short path: sockets are below it
+	if err != nil {
+		t.Fatal(err)
+	}
+	n, err := node.Start(t.Context(), node.Config{Dir: dir, Binary: binary, Name: fmt.Sprintf("cl%d", os.Getpid()%100000), Env: env})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if err := n.Destroy(context.Background()); err != nil {
+			t.Error(err)
+		}
+	})
+	return n
+}
+
+// nodeagent runs a command against n's daemon.
+func nodeagent(t *testing.T, n *node.Node, args ...string) (out string, err error) {
+	t.Helper()
+	cmd := exec.Command(n.Config.Binary, append(args, "--config", n.ConfigPath())...)
+	b, err := cmd.CombinedOutput()
+	return string(b), err
+}
+
+func hello(t *testing.T) images.Image {
+	t.Helper()
+	img, err := images.Build(images.Config{Cmd: []string{"hello"}}, images.File("hello", "world"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return img
+}
+
+// TestImages takes one image in by every way there is.
+func TestImages(t *testing.T) {
+	n := start(t)
+	img := hello(t)
+	id := strings.TrimPrefix(img.ID(), "sha256:")[:12]
+	reg, err := registry.Start(registry.Config{User: "me", Password: "secret"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer reg.Close()
+	remote := reg.Addr + "/cli/hello:1"
+	if err := images.Push(t.Context(), remote, img, "me", "secret"); err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	layout, archive, docker := filepath.Join(dir, "layout"), filepath.Join(dir, "oci.tar"), filepath.Join(dir, "docker.tar")
+	if err := images.WriteLayout(layout, map[string]images.Artifact{"example.test/hello:1": img}); err != nil {
+		t.Fatal(err)
+	}
+	write(t, archive, func(w *bytes.Buffer) error {
+		return images.WriteArchive(w, map[string]images.Artifact{"example.test/hello:1": img})
+	})
+	write(t, docker, func(w *bytes.Buffer) error {
+		return images.WriteDockerArchive(w, map[string]images.Image{"example.test/hello:1": img})
+	})
+	for _, tt := range []struct {
+		name string
+		args []string
+		ref  string
+	}{
+		{"pull", []string{"pull", "--creds", "me:secret", remote}, remote},
+		{"layout", []string{"import", layout}, "example.test/hello:1"},
+		{"oci archive", []string{"import", archive}, "example.test/hello:1"},
+		{"docker archive", []string{"import", docker}, "example.test/hello:1"},
+	} {
+		t.Run(tt.name, func(t *testing.T) {
+			out, err := nodeagent(t, n, append([]string{"image"}, tt.args...)...)
+			if err != nil || !strings.Contains(out, id+"  "+tt.ref) {
+				t.Fatalf("%v: %s", err, out)
+			}
+			if out, err := nodeagent(t, n, "image", "ls"); err != nil || !strings.Contains(out, tt.ref) {
+				t.Errorf("ls: %v: %s", err, out)
+			}
+			if out, err := nodeagent(t, n, "image", "rm", tt.ref); err != nil || out != "removed "+tt.ref+"\n" {
+				t.Errorf("rm: %v: %s", err, out)
+			}
+			if out, err := nodeagent(t, n, "image", "ls"); err != nil || strings.Contains(out, id) {
+				t.Errorf("ls after rm: %v: %s", err, out)
+			}
+		})
+	}
+}
+
+func write(t *testing.T, path string, fill func(*bytes.Buffer) error) {
+	t.Helper()
+	var b bytes.Buffer
+	if err := fill(&b); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, b.Bytes(), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// TestImageErrors: one clear line, nothing kept.
+func TestImageErrors(t *testing.T) {
+	n := start(t)
+	broken := filepath.Join(t.TempDir(), "broken.tar")
+	if err := os.WriteFile(broken, []byte("no archive"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, args := range [][]string{
+		{"pull", "127.0.0.1:1/absent:1"},
+		{"pull", "not a name"},
+		{"import", broken},
+		{"import", "/absent"},
+		{"rm", "example.test/absent:1"},
+	} {
+		out, err := nodeagent(t, n, append([]string{"image"}, args...)...)
+		if err == nil || !strings.HasPrefix(out, "nodeagent: ") || strings.Count(out, "\n") != 1 || strings.Contains(out, "rpc error") {
+			t.Errorf("%v: %v: %s", args, err, out)
+		}
+	}
+	if out, err := nodeagent(t, n, "image", "ls"); err != nil || !strings.Contains(out, "no images") {
+		t.Errorf("%v: %s", err, out)
+	}
+}
+
+// TestSupervision speaks systemd's side of sd_notify(3).
+func TestSupervision(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "notify")
+	socket, err := net.ListenUnixgram("unixgram", &net.UnixAddr{Name: path, Net: "unixgram"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer socket.Close()
+	n := start(t, "NOTIFY_SOCKET="+path, "WATCHDOG_USEC=300000")
+	expect := func(want string) {
+		t.Helper()
+		socket.SetReadDeadline(time.Now().Add(10 * time.Second))
+		buf := make([]byte, 4096)
+		for {
+			size, err := socket.Read(buf)
+			if err != nil {
+				t.Fatalf("wait for %s: %v\n%s", want, err, n.LogTail(10))
+			}
+			if strings.Contains(string(buf[:size]), want) {
+				return
+			}
+		}
+	}
+	expect("READY=1")
+	for range 3 {
+		expect("WATCHDOG=1")
+	}
+	if err := n.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	expect("STOPPING=1")
+}
+
+// TestStopsCleanly: with no pod, nothing outlives the daemon; a second daemon
+// on the same directories is refused while the first runs.
+func TestStopsCleanly(t *testing.T) {
+	n := start(t)
+	out, err := nodeagent(t, n, "run")
+	if err == nil || !strings.Contains(out, fmt.Sprintf("another nodeagent (pid %d) uses %s", n.Pid(), n.State)) {
+		t.Errorf("second daemon: %v: %s", err, out)
+	}
+	if err := n.Stop(); err != nil {
+		t.Fatal(err)
+	}
+	if s := n.ExitState(); s.ExitCode() != 0 {
+		t.Errorf("exit %s\n%s", s, n.LogTail(10))
+	}
+	if left := n.WaitNoLeaks(node.Leaks{}, 5*time.Second); left != "" {
+		t.Errorf("left behind:\n%s", left)
+	}
+}

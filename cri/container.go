@@ -130,7 +130,7 @@ func (c *container) status() *runtimeapi.ContainerStatus {
 	st := &runtimeapi.ContainerStatus{
 		Id: r.ID, Metadata: r.Config.GetMetadata(), State: r.State(), CreatedAt: r.CreatedAt.UnixNano(),
 		Image: r.Image(), ImageRef: r.ImageRef, ImageId: r.ImageID,
-		Labels: r.Config.GetLabels(), Annotations: r.Config.GetAnnotations(), Mounts: r.Config.GetMounts(),
+		Labels: r.Config.GetLabels(), Annotations: r.Config.GetAnnotations(), Mounts: statusMounts(r),
 		LogPath: r.LogPath, User: r.User, StopSignal: r.StopSignal,
 	}
 	if r.Resources != nil {
@@ -147,6 +147,24 @@ func (c *container) status() *runtimeapi.ContainerStatus {
 		}
 	}
 	return st
+}
+
+// statusMounts are the mounts as asked for, with the IDs of image volumes.
+func statusMounts(r *store.Container) []*runtimeapi.Mount {
+	mounts := r.Config.GetMounts()
+	if len(r.ImageVolumes) == 0 {
+		return mounts
+	}
+	out, n := make([]*runtimeapi.Mount, len(mounts)), 0
+	for i, m := range mounts {
+		if m.GetImage().GetImage() != "" && n < len(r.ImageVolumes) {
+			m = proto.Clone(m).(*runtimeapi.Mount)
+			m.Image.ImageRef = r.ImageVolumes[n]
+			n++
+		}
+		out[i] = m
+	}
+	return out
 }
 
 func exitReason(e *store.Exit) (reason, message string) {

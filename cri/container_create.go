@@ -202,6 +202,9 @@ func (s *Server) mountImageVolumes(ctx context.Context, rec *store.Container, op
 		if ref == "" {
 			continue
 		}
+		if !m.GetReadonly() {
+			return fmt.Errorf("config.mounts[%d]: image volume of %q: readonly is false, images can only be mounted read-only: %w", i, ref, errdefs.ErrInvalidArgument)
+		}
 		image, err := s.cfg.Images.Get(ctx, ref)
 		if err != nil {
 			return fmt.Errorf("config.mounts[%d]: image volume: %w", i, err)

@@ -1,62 +1,47 @@
 package main
 
 import (
-	"archive/tar"
 	"bytes"
 	"context"
 	"debug/elf"
 	"encoding/binary"
+	"errors"
 	"fmt"
-	"io"
-	"log"
 	"math/rand/v2"
-	"net"
-	"net/http"
-	"os"
 	goruntime "runtime"
-	"strings"
-	"time"
 
-	"github.com/google/go-containerregistry/pkg/name"
-	"github.com/google/go-containerregistry/pkg/registry"
-	v1 "github.com/google/go-containerregistry/pkg/v1"
-	"github.com/google/go-containerregistry/pkg/v1/empty"
-	"github.com/google/go-containerregistry/pkg/v1/mutate"
-	"github.com/google/go-containerregistry/pkg/v1/remote"
-	"github.com/google/go-containerregistry/pkg/v1/tarball"
+	image "github.com/nodeagent/nodeagent/test/images"
+	"github.com/nodeagent/nodeagent/test/registry"
 )
 
 // images is a registry on a loopback port with what the measurements run.
 type images struct {
-	host  string
-	srv   *http.Server
-	logMB int
+	server *registry.Server
 }
 
 // Lines of the log image: 99 bytes and a newline.
 const logLine = 100
 
 func serveImages(o options) (*images, error) {
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	server, err := registry.Start(registry.Config{})
 	if err != nil {
 		return nil, err
 	}
-	i := &images{host: ln.Addr().String(), logMB: o.logMB}
-	i.srv = &http.Server{Handler: registry.New(registry.Logger(log.New(io.Discard, "", 0)))}
-	go i.srv.Serve(ln)
-	busybox, err := os.ReadFile("/bin/busybox")
-	if err != nil {
-		return nil, fmt.Errorf("%w (install busybox-static)", err)
+	i := &images{server: server}
+	const busybox = "/bin/busybox"
+	if !exists(busybox) {
+		return nil, errors.New("find " + busybox + ": install busybox-static")
 	}
 	pause, err := pauseBinary()
 	if err != nil {
 		return nil, err
 	}
 	line := append(bytes.Repeat([]byte("x"), logLine-1), '\n')
-	for ref, files := range map[string][]entry{
-		"pause":   {{name: "pause", mode: 0o755, data: pause}},
-		"busybox": {{name: "bin/busybox", mode: 0o755, data: busybox}, {name: "bin/sh", link: "busybox"}, {name: "bin/true", link: "busybox"}, {name: "bin/cat", link: "busybox"}},
-		"log":     {{name: "bin/cat", mode: 0o755, data: busybox}, {name: "log", mode: 0o644, data: bytes.Repeat(line, o.logMB<<20/logLine)}},
+	for ref, files := range map[string][]image.Entry{
+		"pause": {{Name: "pause", Mode: 0o755, Data: pause}},
+		"busybox": {image.Executable("bin/busybox", busybox), image.Symlink("bin/sh", "busybox"),
+			image.Symlink("bin/true", "busybox")},
+		"log": {image.Executable("bin/cat", busybox), {Name: "log", Data: bytes.Repeat(line, o.logMB<<20/logLine)}},
 	} {
 		if err := i.push(ref, files); err != nil {
 			return nil, err
@@ -65,82 +50,41 @@ func serveImages(o options) (*images, error) {
 	return i, nil
 }
 
-func (i *images) Close()           { i.srv.Close() }
+func (i *images) Close()           { i.server.Close() }
 func (i *images) pauseRef() string { return i.ref("pause") }
 func (i *images) ref(name string) string {
-	return i.host + "/bench/" + name + ":1"
+	return i.server.Addr + "/bench/" + name + ":1"
 }
 
-type entry struct {
-	name, link string
-	mode       int64
-	data       []byte
-}
-
-func layer(files []entry) (v1.Layer, error) {
-	var b bytes.Buffer
-	w := tar.NewWriter(&b)
-	for _, f := range files {
-		h := &tar.Header{Name: f.name, Mode: f.mode, Size: int64(len(f.data)), Typeflag: tar.TypeReg, ModTime: time.Unix(0, 0)}
-		if f.link != "" {
-			h.Typeflag, h.Linkname = tar.TypeSymlink, f.link
-		}
-		if err := w.WriteHeader(h); err != nil {
-			return nil, err
-		}
-		if _, err := w.Write(f.data); err != nil {
-			return nil, err
-		}
-	}
-	if err := w.Close(); err != nil {
-		return nil, err
-	}
-	raw := b.Bytes()
-	return tarball.LayerFromOpener(func() (io.ReadCloser, error) { return io.NopCloser(bytes.NewReader(raw)), nil },
-		tarball.WithCompressedCaching)
-}
-
-func (i *images) push(ref string, layers ...[]entry) error {
-	img := empty.Image
+func (i *images) push(name string, layers ...[]image.Entry) error {
+	var packed []image.Layer
 	for _, files := range layers {
-		l, err := layer(files)
+		l, err := image.NewLayer(image.Gzip, files...)
 		if err != nil {
 			return err
 		}
-		if img, err = mutate.AppendLayers(img, l); err != nil {
-			return err
-		}
+		packed = append(packed, l)
 	}
-	cf, err := img.ConfigFile()
+	img, err := image.New(image.Config{Env: []string{"PATH=/bin"}, Cmd: []string{"/pause"}}, packed...)
 	if err != nil {
 		return err
 	}
-	cf = cf.DeepCopy()
-	cf.OS, cf.Architecture = "linux", goruntime.GOARCH
-	cf.Config = v1.Config{Env: []string{"PATH=/bin"}, Cmd: []string{"/pause"}}
-	if img, err = mutate.ConfigFile(img, cf); err != nil {
-		return err
-	}
-	r, err := name.ParseReference(i.ref(ref), name.Insecure)
-	if err != nil {
-		return err
-	}
-	return remote.Write(r, img)
+	return image.Push(context.Background(), i.ref(name), img)
 }
 
 // pushBig makes an image of ten layers of 10 MB each, half of it
 // incompressible, in files of 4 to 256 KB as programs and libraries have them.
 // Another seed makes another image, so that no pull finds a layer already.
-func (i *images) pushBig(_ context.Context, seed uint64) (string, error) {
+func (i *images) pushBig(seed uint64) (string, error) {
 	rnd := rand.New(rand.NewPCG(seed, 42))
 	src := rand.NewChaCha8([32]byte{byte(seed), byte(seed >> 8)})
-	layers := make([][]entry, 10)
+	layers := make([][]image.Entry, 10)
 	for l := range layers {
 		for left := 10 << 20; left > 0; {
 			size := min(left, 4<<10+rnd.IntN(252<<10))
 			data := make([]byte, size)
 			src.Read(data[:size/2])
-			layers[l] = append(layers[l], entry{name: fmt.Sprintf("l%d/f%d", l, len(layers[l])), mode: 0o644, data: data})
+			layers[l] = append(layers[l], image.Entry{Name: fmt.Sprintf("l%d/f%d", l, len(layers[l])), Data: data})
 			left -= size
 		}
 	}
@@ -183,5 +127,3 @@ func pauseBinary() ([]byte, error) {
 	b.Write(code)
 	return b.Bytes(), nil
 }
-
-func shortRef(ref string) string { return ref[strings.LastIndex(ref, "/")+1:] }

@@ -294,7 +294,7 @@ func (b *bench) pulls100(ctx context.Context) error {
 	times := make([][]float64, len(b.runtimes))
 	cpus := make([][]float64, len(b.runtimes))
 	for round := range b.pulls {
-		ref, err := b.images.pushBig(ctx, uint64(round+1))
+		ref, err := b.images.pushBig(uint64(round + 1))
 		if err != nil {
 			return err
 		}

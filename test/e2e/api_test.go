@@ -13,6 +13,7 @@ import (
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
+	"google.golang.org/protobuf/types/known/emptypb"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
@@ -22,7 +23,7 @@ func TestEveryCallImplemented(t *testing.T) {
 	excused := map[string]bool{"CheckpointContainer": true, "CheckpointPod": true, "RestorePod": true}
 	for _, d := range []grpc.ServiceDesc{runtimeapi.RuntimeService_ServiceDesc, runtimeapi.ImageService_ServiceDesc} {
 		for _, m := range d.Methods {
-			err := shared.Conn().Invoke(callCtx(t), "/"+d.ServiceName+"/"+m.MethodName, &emptypb{}, &emptypb{})
+			err := shared.Conn().Invoke(callCtx(t), "/"+d.ServiceName+"/"+m.MethodName, &emptypb.Empty{}, &emptypb.Empty{})
 			if got := status.Code(err) == codes.Unimplemented; got != excused[m.MethodName] {
 				t.Errorf("%s: %v", m.MethodName, err)
 			}
@@ -34,14 +35,14 @@ func TestEveryCallImplemented(t *testing.T) {
 			ctx, cancel := context.WithTimeout(context.Background(), 3*time.Second)
 			s, err := shared.Conn().NewStream(ctx, &grpc.StreamDesc{ServerStreams: true}, "/"+d.ServiceName+"/"+m.StreamName)
 			if err == nil {
-				err = s.SendMsg(&emptypb{})
+				err = s.SendMsg(&emptypb.Empty{})
 			}
 			if err == nil {
 				err = s.CloseSend()
 			}
 			if err == nil && m.StreamName != "GetContainerEvents" {
 				for err == nil {
-					err = s.RecvMsg(&emptypb{})
+					err = s.RecvMsg(&emptypb.Empty{})
 				}
 			}
 			cancel()
@@ -54,8 +55,6 @@ func TestEveryCallImplemented(t *testing.T) {
 		}
 	}
 }
-
-type emptypb = runtimeapi.VersionRequest // any message: unknown fields are ignored
 
 func TestVersionAndStatus(t *testing.T) {
 	v, err := shared.Runtime().Version(callCtx(t), &runtimeapi.VersionRequest{})
@@ -164,7 +163,7 @@ func TestJoin(t *testing.T) {
 			t.Errorf("request %d: %q, %v; want %q", i, ids[i], errs[i], ids[0])
 		}
 	}
-	cc := containerConfig()
+	cc := containerConfig(security(func(s *secCtx) { s.NamespaceOptions = cfg.Linux.SecurityContext.NamespaceOptions }))
 	for i := range ids {
 		wg.Go(func() {
 			r, err := shared.Runtime().CreateContainer(ctx, &runtimeapi.CreateContainerRequest{PodSandboxId: p.id, Config: cc, SandboxConfig: cfg})

@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"time"
 
@@ -17,7 +18,7 @@ import (
 // Image references; registry host and port are filled in by startRegistry.
 var (
 	busybox  string // every applet, /etc/passwd with root, web (33) and named (1000)
-	setuid   string // busybox with /bin/suid, a setuid-root id
+	setuid   string // with /bin/suid, the test tool setuid root
 	userUID  string // USER 1002
 	userName string // USER web
 	grouped  string // USER 1000, who is in group 50000 of /etc/group
@@ -42,7 +43,13 @@ func startRegistry() (*testRegistry, error) {
 	if err := os.MkdirAll(r.hostsDir(), 0o755); err != nil {
 		return nil, err
 	}
-	base := busyboxEntries()
+	tool := filepath.Join(workDir, "testtool")
+	build := exec.Command("go", "build", "-o", tool, "github.com/nodeagent/nodeagent/test/images/testtool")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("build the test tool: %w: %s", err, out)
+	}
+	base := append(busyboxEntries(), images.Executable("bin/testtool", tool))
 	layer, err := images.NewLayer(images.Gzip, base...)
 	if err != nil {
 		return nil, fmt.Errorf("%w (install busybox-static)", err)
@@ -72,7 +79,7 @@ func startRegistry() (*testRegistry, error) {
 	}{
 		{ref: &busybox, name: "busybox"},
 		// busybox takes its applet from the name; a wrapper makes it id.
-		{ref: &setuid, name: "setuid", extra: []images.Entry{images.Dir("suid"), {Name: "suid/id", Mode: 0o4755, Source: "/bin/busybox"}}},
+		{ref: &setuid, name: "setuid", extra: []images.Entry{{Name: "bin/suid", Mode: 0o4755, Source: tool}}},
 		{ref: &userUID, name: "user-uid", cfg: images.Config{User: "1002"}},
 		{ref: &userName, name: "user-name", cfg: images.Config{User: "web"}},
 		{ref: &grouped, name: "grouped", cfg: images.Config{User: "1000"}},

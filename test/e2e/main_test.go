@@ -53,6 +53,10 @@ func run(m *testing.M) int {
 		return fail(err)
 	}
 	defer os.RemoveAll(workDir)
+	// Root of a user namespace has to get through, as it may on a real node.
+	if err := os.Chmod(workDir, 0o755); err != nil {
+		return fail(err)
+	}
 	if hub, err = startRegistry(); err != nil {
 		return fail(err)
 	}

@@ -52,7 +52,11 @@ func TestMounts(t *testing.T) {
 	equal(t, "single file", c.sh(t, "cat /etc/file"), "single")
 	equal(t, "symbolic link as host path", c.sh(t, "cat /link/in"), "from host")
 	// The CRI says: "if the hostpath doesn't exist, runtimes should report an error".
-	if _, err := p.tryCreate(callCtx(t), mount(&runtimeapi.Mount{ContainerPath: "/m", HostPath: "/no/such/path"})); err == nil {
+	bad, err := p.tryCreate(callCtx(t), mount(&runtimeapi.Mount{ContainerPath: "/m", HostPath: "/no/such/path"}))
+	if err == nil {
+		err = bad.tryStart(callCtx(t))
+	}
+	if err == nil {
 		t.Error("a missing host path was accepted")
 	}
 	m := c.status(t).Mounts
@@ -173,7 +177,7 @@ func TestImageVolumes(t *testing.T) {
 	equal(t, "sub path", p.run(t, mount(vol(pictures, "art"))).sh(t, "cat /pic/monet"), "water")
 	for name, m := range map[string]*runtimeapi.Mount{
 		"missing sub path":     vol(pictures, "no/such"),
-		"leaving by ..":        vol(pictures, "../../etc"),
+		"leaving by ..":        vol(pictures, "../../../../../../../.."),
 		"leaving by a link":    vol(pictures, "up"),
 		"writable":             {ContainerPath: "/pic", Image: &runtimeapi.ImageSpec{Image: pictures}},
 		"image that is absent": vol(hub.Addr+"/e2e/absent:1", ""),
@@ -182,10 +186,10 @@ func TestImageVolumes(t *testing.T) {
 		if err != nil {
 			continue
 		}
-		if name == "leaving by a link" {
-			// The link may resolve inside the image, never outside.
+		if strings.HasPrefix(name, "leaving") {
+			// The path may resolve inside the image, never outside.
 			if err := c.tryStart(callCtx(t)); err == nil {
-				equal(t, "target of a link that leaves", c.sh(t, "test -e /pic/bin/busybox && test ! -e /pic/lib/systemd && echo inside"), "inside")
+				equal(t, name, c.sh(t, "test -e /pic/unique -o -e /pic/art && test ! -e /pic/lib/systemd && echo inside"), "inside")
 			}
 			continue
 		}

@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -109,7 +110,7 @@ func TestExitCodes(t *testing.T) {
 		// A shell as process 1 is immune to its own signals; a child is not.
 		sh := c.script
 		if strings.HasPrefix(sh, "kill") {
-			sh = "sh -c '" + c.script + "'"
+			sh = "sh -c '" + c.script + "'; exit $?"
 		}
 		ctr := p.run(t, script(sh))
 		before := time.Now()
@@ -121,6 +122,18 @@ func TestExitCodes(t *testing.T) {
 			t.Errorf("%s: started %v, finished %v", c.script, started, finished)
 		}
 	}
+}
+
+// TestKilledFromOutside kills a container's process behind the runtime's back.
+func TestKilledFromOutside(t *testing.T) {
+	p := runPod(t)
+	c := p.run(t, command("/bin/sleep", "919191"))
+	for _, pid := range node.ProcessesNaming("sleep 919191") {
+		syscall.Kill(pid, syscall.SIGKILL)
+	}
+	s := c.waitExit(t)
+	equal(t, "exit code", s.ExitCode, 137)
+	equal(t, "reason", s.Reason, "Error")
 }
 
 func TestStartFailures(t *testing.T) {

@@ -45,7 +45,9 @@ func (n *Node) Snapshot() Leaks {
 	} {
 		entries, _ := os.ReadDir(d)
 		for _, e := range entries {
-			l["dir"] = append(l["dir"], filepath.Join(d, e.Name()))
+			if !strings.HasPrefix(e.Name(), ".") { // a trash directory is not a thing
+				l["dir"] = append(l["dir"], filepath.Join(d, e.Name()))
+			}
 		}
 	}
 	for k, v := range l {

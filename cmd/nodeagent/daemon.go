@@ -38,6 +38,7 @@ type node struct {
 	pool    *namespaces.Pool
 	cri     *cri.Server
 	streams *stream.Server
+	metrics *metrics.Exposition // nil: not served
 }
 
 // runDaemon builds everything, runs it until ctx ends and stops it in reverse.
@@ -124,7 +125,12 @@ func (d *node) build(ctx context.Context) error {
 		return err
 	}
 	d.cri.SetStreams(d.streams)
-	return nil
+	if cfg.Metrics.Address != "" {
+		d.metrics, err = metrics.NewExposition(metrics.ExpositionConfig{
+			Sampler: sampler, Targets: d.cri.Targets, Version: readVersion().Version, Log: log,
+		})
+	}
+	return err
 }
 
 // host finds out what containers may be given here.
@@ -170,6 +176,11 @@ func (d *node) run(ctx context.Context) error {
 		start(&upper, ctx, "administration", func(ctx context.Context) error {
 			return serveAdmin(ctx, d.cfg.AdminSocket(), d.images, d.log)
 		})
+		if d.metrics != nil {
+			start(&upper, ctx, "metrics", func(ctx context.Context) error {
+				return serveMetrics(ctx, d.cfg.Metrics.Address, d.metrics, d.log)
+			})
+		}
 		start(&upper, ctx, "CRI", func(ctx context.Context) error { return d.cri.Serve(ctx, nil) })
 	}
 	<-ctx.Done()

@@ -7,7 +7,9 @@ import (
 	"bytes"
 	"context"
 	"fmt"
+	"io"
 	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -24,6 +26,11 @@ import (
 // it leaves nothing.
 func start(t *testing.T, env ...string) *node.Node {
 	t.Helper()
+	return startWith(t, node.Config{Env: env})
+}
+
+func startWith(t *testing.T, c node.Config) *node.Node {
+	t.Helper()
 	if os.Geteuid() != 0 {
 		t.Skip("needs root")
 	}
@@ -35,7 +42,8 @@ func start(t *testing.T, env ...string) *node.Node {
 	if err != nil {
 		t.Fatal(err)
 	}
-	n, err := node.Start(t.Context(), node.Config{Dir: dir, Binary: binary, Name: fmt.Sprintf("cl%d", os.Getpid()%100000), Env: env})
+	c.Dir, c.Binary, c.Name = dir, binary, fmt.Sprintf("cl%d", os.Getpid()%100000)
+	n, err := node.Start(t.Context(), c)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -183,6 +191,35 @@ func TestSupervision(t *testing.T) {
 		t.Fatal(err)
 	}
 	expect("STOPPING=1")
+}
+
+func TestMetrics(t *testing.T) {
+	free, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	addr := free.Addr().String()
+	free.Close()
+	startWith(t, node.Config{Extra: "metrics:\n  address: " + addr})
+	var body []byte
+	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(20 * time.Millisecond) {
+		resp, err := http.Get("http://" + addr + "/metrics")
+		if err == nil {
+			body, err = io.ReadAll(resp.Body)
+			resp.Body.Close()
+		}
+		if err == nil {
+			break
+		}
+		if time.Now().After(deadline) {
+			t.Fatal(err)
+		}
+	}
+	for _, want := range []string{"nodeagent_build_info{", "process_resident_memory_bytes", "go_goroutines"} {
+		if !bytes.Contains(body, []byte(want)) {
+			t.Errorf("no %s in\n%.2000s", want, body)
+		}
+	}
 }
 
 // TestStopsCleanly: with no pod, nothing outlives the daemon; a second daemon

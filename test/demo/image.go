@@ -73,7 +73,7 @@ func buildImage(tool string) (images.Image, error) {
 		images.File("etc/passwd", "root:x:0:0:root:/:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n"),
 		images.File("etc/group", "root:x:0:\nnogroup:x:65534:\n"),
 	}
-	for _, applet := range []string{"sh", "cat", "echo", "sleep", "date", "httpd", "wget", "hostname", "id", "ip", "ls", "ps", "top", "vi", "ping", "nslookup", "grep", "env", "free", "df"} {
+	for _, applet := range []string{"sh", "cat", "echo", "sleep", "date", "httpd", "wget", "nc", "hostname", "id", "ip", "ls", "ps", "top", "vi", "ping", "nslookup", "grep", "env", "free", "df"} {
 		base = append(base, images.Symlink("bin/"+applet, "busybox"))
 	}
 	var layers []images.Layer

@@ -44,9 +44,9 @@ func containerConfigs(image string) []*runtimeapi.ContainerConfig {
 		}
 	}
 	return []*runtimeapi.ContainerConfig{
-		of("web", "/bin/httpd", "-f", "-vv", "-p", fmt.Sprint(webPort), "-h", "/www"),
+		of("web", "/bin/httpd", "-f", "-v", "-p", fmt.Sprint(webPort), "-h", "/www"),
 		of("counter", "/bin/sh", "-c", fmt.Sprintf(
-			`i=0; while :; do i=$((i+1)); echo "$i: $(wget -qO- http://127.0.0.1:%d/ 2>&1)"; sleep 0.5; done`, webPort)),
+			`i=0; while :; do i=$((i+1)); echo "$i: $(testtool dial http 127.0.0.1:%d 2>&1)"; sleep 0.5; done`, webPort)),
 	}
 }
 
@@ -195,7 +195,7 @@ func message(line string) string {
 
 func (d *demo) showExec(ctx context.Context) error {
 	s := d.screen
-	command := "hostname; id; ip -brief addr 2>/dev/null || ip addr | grep inet; ps"
+	command := "hostname; id; ip addr show eth0 | grep inet; ps"
 	s.step("Exec", "sh -c '"+command+"'")
 	began := time.Now()
 	resp, err := d.daemon.runtime.ExecSync(ctx, &runtimeapi.ExecSyncRequest{

@@ -110,9 +110,12 @@ func (r *runtime) next() int {
 // start runs a pod of one container; t receives each call and their sum.
 func (b *bench) start(ctx context.Context, r *runtime, w workload, t *timings) (*pod, error) {
 	id := fmt.Sprintf("p%d", r.next())
+	// What a kubelet sends for a pod that says nothing about namespaces.
+	ns := &runtimeapi.NamespaceOption{Pid: runtimeapi.NamespaceMode_CONTAINER}
+	seccomp := &runtimeapi.SecurityProfile{ProfileType: runtimeapi.SecurityProfile_RuntimeDefault}
 	cfg := &runtimeapi.PodSandboxConfig{
 		Metadata: &runtimeapi.PodSandboxMetadata{Name: id, Namespace: "bench", Uid: r.name + id},
-		Linux:    &runtimeapi.LinuxPodSandboxConfig{SecurityContext: &runtimeapi.LinuxSandboxSecurityContext{}},
+		Linux:    &runtimeapi.LinuxPodSandboxConfig{SecurityContext: &runtimeapi.LinuxSandboxSecurityContext{NamespaceOptions: ns, Seccomp: seccomp}},
 	}
 	if g := r.podsCgroup(); g != "" {
 		cfg.Linux.CgroupParent = g + "/" + id
@@ -121,7 +124,7 @@ func (b *bench) start(ctx context.Context, r *runtime, w workload, t *timings) (
 		Metadata: &runtimeapi.ContainerMetadata{Name: "c"},
 		Image:    &runtimeapi.ImageSpec{Image: w.image},
 		Command:  w.command,
-		Linux:    &runtimeapi.LinuxContainerConfig{SecurityContext: &runtimeapi.LinuxContainerSecurityContext{Seccomp: &runtimeapi.SecurityProfile{ProfileType: runtimeapi.SecurityProfile_RuntimeDefault}}},
+		Linux:    &runtimeapi.LinuxContainerConfig{SecurityContext: &runtimeapi.LinuxContainerSecurityContext{NamespaceOptions: ns, Seccomp: seccomp}},
 	}
 	if w.log {
 		cfg.LogDirectory = filepath.Join(b.dir, "logs", r.name+id)

@@ -136,7 +136,19 @@ func (n *Network) openPorts(a Attachment, w *wired, ips []netip.Addr, steps *und
 	if err := n.nat.Add(a.Ports, ips); err != nil {
 		return err
 	}
+	n.forgetSoon()
 	return n.sysctl("net/ipv4/conf/"+w.Name+"/route_localnet", "1")
+}
+
+// forgetSoon has Run forget connections of UDP host ports, or does it if Run is not there.
+func (n *Network) forgetSoon() {
+	switch {
+	case !n.nat.Stale():
+	case n.running.Load():
+		kick(n.stale)
+	default:
+		n.forgetConnections()
+	}
 }
 
 // Detach takes the attachment away: routes and addresses now, the link soon. ips are those Attach returned; without them
@@ -168,10 +180,11 @@ func (n *Network) Detach(_ context.Context, a Attachment, ips []netip.Addr) erro
 	if err := n.rt.Do(&b); err != nil {
 		errs = append(errs, err)
 	}
-	if len(a.Ports) > 0 || len(ips) == 0 && len(held) > 0 {
+	if len(a.Ports) > 0 || len(ips) == 0 && len(held) > 0 || n.nat.Has(held) {
 		if err := n.nat.Remove(held); err != nil {
 			errs = append(errs, err)
 		}
+		n.forgetSoon()
 	}
 	// Only now may others have the addresses.
 	if len(errs) == 0 {

@@ -23,6 +23,8 @@ const cidrsVersion = 1
 type cidrs struct {
 	Version int            `json:"version"`
 	Current []netip.Prefix `json:"current"`
+	// Configured is what Config.PodCIDRs was when Current was chosen.
+	Configured []netip.Prefix `json:"configured,omitempty"`
 	// Former ranges, in which pods may still have addresses; dropped by Reconcile when none has.
 	Former []netip.Prefix `json:"former,omitempty"`
 }
@@ -69,21 +71,24 @@ func loadCIDRs(path string) (cidrs, error) {
 	return c, nil
 }
 
-// choose settles which ranges are in use at start: configured, persisted, default, in this order.
+// choose settles which ranges are in use at start. The latest statement counts: configured ranges if they are not those
+// configured before, else those on disk (of the last SetPodCIDRs), else the default ones.
 func (c cidrs) choose(configured []netip.Prefix) cidrs {
-	want := configured
-	if len(want) == 0 {
-		want = c.Current
+	want := c.Current
+	if len(configured) > 0 && !slices.Equal(configured, c.Configured) || len(want) == 0 {
+		want = configured
 	}
 	if len(want) == 0 {
 		want = DefaultPodCIDRs()
 	}
-	return c.replace(want)
+	out := c.replace(want)
+	out.Configured = configured
+	return out
 }
 
 // replace makes want the current ranges; those that go become former ones.
 func (c cidrs) replace(want []netip.Prefix) cidrs {
-	out := cidrs{Version: cidrsVersion, Current: slices.Clone(want)}
+	out := cidrs{Version: cidrsVersion, Current: slices.Clone(want), Configured: c.Configured}
 	for _, p := range c.all() {
 		if !slices.Contains(want, p) && !slices.Contains(out.Former, p) {
 			out.Former = append(out.Former, p)
@@ -125,6 +130,19 @@ func (n *Network) PodCIDRs() []netip.Prefix {
 	n.mu.Lock()
 	defer n.mu.Unlock()
 	return slices.Clone(n.cidr.Current)
+}
+
+// keepCIDRs writes the ranges if they are not those on disk: a later process must know in which ranges pods may still
+// have addresses. The caller holds mu.
+func (n *Network) keepCIDRs() error {
+	stored, err := loadCIDRs(n.cidrFile())
+	if err != nil {
+		return err
+	}
+	if slices.Equal(stored.Current, n.cidr.Current) && slices.Equal(stored.Former, n.cidr.Former) && slices.Equal(stored.Configured, n.cidr.Configured) {
+		return nil
+	}
+	return storeCIDRs(n.cidrFile(), n.cidr)
 }
 
 // ChosenCIDRs are the ranges in use if somebody chose them, nil for the default ones.
@@ -200,8 +218,5 @@ func (n *Network) dropFormer(used func(netip.Prefix) bool) error {
 		return err
 	}
 	n.cidr.Former, n.node = keep, nil
-	if _, err := os.Stat(n.cidrFile()); err != nil {
-		return nil
-	}
 	return storeCIDRs(n.cidrFile(), n.cidr)
 }

@@ -53,7 +53,8 @@ type Config struct {
 	Name     string // of the instance: mark of all objects, name of the nftables table
 	StateDir string // for what ends with the boot
 	RootDir  string // address records are in RootDir/ipam
-	// PodCIDRs: nil means those set last by SetPodCIDRs, or else DefaultPodCIDRs.
+	// PodCIDRs: nil means those set last by SetPodCIDRs, or else DefaultPodCIDRs. SetPodCIDRs overrides them until
+	// other ones are configured here.
 	PodCIDRs []netip.Prefix
 	MTU      int // bytes; 0: the smallest of the links with default routes, or else 1500
 	// Masquerade hides what pods send to other than NoMasquerade and the pods' own ranges behind the host.
@@ -80,6 +81,7 @@ type Network struct {
 
 	running atomic.Bool   // Run is there to delete links
 	reap    chan struct{} // there are links in the dead group
+	stale   chan struct{} // there are connections to forget
 
 	life sync.RWMutex // held shared by Attach, Detach, Prewire; alone by Reconcile
 
@@ -120,7 +122,7 @@ func New(cfg Config) (n *Network, err error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	n = &Network{cfg: cfg, log: cfg.Log, reap: make(chan struct{}, 1), warm: map[string]*wired{}}
+	n = &Network{cfg: cfg, log: cfg.Log, reap: make(chan struct{}, 1), stale: make(chan struct{}, 1), warm: map[string]*wired{}}
 	defer func() {
 		if err != nil {
 			n.Close()
@@ -159,6 +161,9 @@ func (n *Network) Close() error {
 	}
 	n.mu.Unlock()
 	var errs []error
+	if n.nat != nil {
+		n.nat.Close()
+	}
 	if n.pool != nil {
 		errs = append(errs, n.pool.Close())
 	}
@@ -170,35 +175,63 @@ func (n *Network) Close() error {
 func (n *Network) Run(ctx context.Context) error {
 	n.running.Store(true)
 	defer n.running.Store(false)
-	tick := time.NewTicker(time.Minute)
+	tick := time.NewTicker(careInterval)
 	defer tick.Stop()
-	n.kick()
+	kick(n.reap)
 	for {
 		select {
 		case <-ctx.Done():
-			n.deleteDead()
+			n.cleanUp()
 			return nil
 		case <-tick.C:
-			if err := n.pool.Sweep(); err != nil {
-				n.log.Warn("sweep of address records failed", "err", err)
-			}
+			n.care()
 		case <-n.reap:
 			// Wait for more: a group of links costs the kernel hardly more than one.
 			select {
 			case <-ctx.Done():
 			case <-time.After(reapDelay):
 			}
-			n.deleteDead()
+			n.cleanUp()
+		case <-n.stale:
+			n.forgetConnections()
 		}
 	}
 }
 
-// reapDelay is how long the links of removed pods are collected before they are deleted together.
-const reapDelay = 50 * time.Millisecond
+// reapDelay is how long the links of removed pods are collected before they are deleted together. Deleting holds
+// the kernel's route-netlink lock for some 20 ms, however many links they are. The namespaces of removed pods usually
+// end within this time, and their links with them: then nothing is left to do.
+const reapDelay = time.Second
 
-func (n *Network) kick() {
+// careInterval is how often the address records are swept and the nftables table is looked for.
+const careInterval = 30 * time.Second
+
+func (n *Network) care() {
+	if err := n.pool.Sweep(); err != nil {
+		n.log.Warn("sweep of address records failed", "err", err)
+	}
+	switch repaired, err := n.nat.Repair(); {
+	case err != nil:
+		n.log.Error("nftables table was removed by somebody else and could not be laid again", "err", err)
+	case repaired:
+		n.log.Warn("nftables table was removed by somebody else and laid again")
+	}
+}
+
+func (n *Network) cleanUp() {
+	n.deleteDead()
+	n.forgetConnections()
+}
+
+func (n *Network) forgetConnections() {
+	if err := n.nat.ForgetConnections(); err != nil {
+		n.log.Warn("clients of UDP host ports may be served by the former decision for a while", "err", err)
+	}
+}
+
+func kick(c chan<- struct{}) {
 	select {
-	case n.reap <- struct{}{}:
+	case c <- struct{}{}:
 	default:
 	}
 }

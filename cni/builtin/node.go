@@ -30,6 +30,9 @@ func (n *Network) prepare(ctx context.Context) (*node, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, err
 	}
+	if err := n.keepCIDRs(); err != nil {
+		return nil, err
+	}
 	nd, err := n.inspect()
 	if err != nil {
 		return nil, fmt.Errorf("prepare the host for pods: %w", err)

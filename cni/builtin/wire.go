@@ -119,6 +119,10 @@ func (n *Network) wire(ctx context.Context, node *node, a Attachment) (_ *wired,
 	if err := n.rt.Do(&host); err != nil {
 		return nil, err
 	}
+	// A pod sends from its own address only; for IPv6 the kernel has no such check.
+	if err := n.sysctl("net/ipv4/conf/"+w.Name+"/rp_filter", "1"); err != nil {
+		return nil, err
+	}
 	if err := w.preparePod(); err != nil {
 		return nil, err
 	}
@@ -207,7 +211,7 @@ func (n *Network) dropLink(name string) error {
 
 func (n *Network) deleteSoon() error {
 	if n.running.Load() {
-		n.kick()
+		kick(n.reap)
 		return nil
 	}
 	var b rtnl.Batch

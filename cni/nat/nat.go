@@ -53,6 +53,9 @@ type Table struct {
 	set sets
 
 	mu     sync.Mutex // one change at a time; guards what is below
+	nft    *nftables.Conn
+	forget []element        // UDP host ports whose connections are to be forgotten
+	known  map[element]bool // host ports that this process added or was told of, for Repair
 	inside []netip.Prefix
 	pods   []netip.Prefix
 	masq   bool // chains of masquerade are in place
@@ -64,13 +67,18 @@ func New(cfg Config) *Table {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	t := &Table{cfg: cfg}
+	t := &Table{cfg: cfg, known: map[element]bool{}}
 	t.set = newSets(&nftables.Table{Name: cfg.Table, Family: nftables.TableFamilyINet})
 	return t
 }
 
+// conn is the socket of the table, opened at first use. It is kept: closing a netfilter socket waits until the kernel
+// has freed what earlier transactions deleted, a grace period of many milliseconds. The caller holds mu.
 func (t *Table) conn() (*nftables.Conn, error) {
-	var opts []nftables.ConnOption
+	if t.nft != nil {
+		return t.nft, nil
+	}
+	opts := []nftables.ConnOption{nftables.AsLasting()}
 	if t.cfg.Host != nil {
 		opts = append(opts, nftables.WithNetNSFd(t.cfg.Host.FD()))
 	}
@@ -78,7 +86,32 @@ func (t *Table) conn() (*nftables.Conn, error) {
 	if err != nil {
 		return nil, fmt.Errorf("open nftables: %w", unsupported(err))
 	}
+	t.nft = c
 	return c, nil
+}
+
+// flush carries the transaction out. After an error the socket may hold answers that nobody
+// waits for, so it is given up.
+func (t *Table) flush(c *nftables.Conn) error {
+	err := c.Flush()
+	if err != nil {
+		t.hangUp()
+	}
+	return err
+}
+
+func (t *Table) hangUp() {
+	if t.nft != nil {
+		_ = t.nft.CloseLasting()
+		t.nft = nil
+	}
+}
+
+// Close closes the socket.
+func (t *Table) Close() {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	t.hangUp()
 }
 
 // unsupported gives errors that mean "this kernel has no such thing" their class.
@@ -137,7 +170,7 @@ func (t *Table) Masquerade(pods, inside []netip.Prefix) error {
 		return err
 	}
 	t.masqueradeChain(c)
-	if err := c.Flush(); err != nil {
+	if err := t.flush(c); err != nil {
 		return fmt.Errorf("set up masquerade in nftables table %s: %w", t.cfg.Table, unsupported(err))
 	}
 	t.masq = true
@@ -195,7 +228,7 @@ func (t *Table) preparePorts() error {
 		}
 	}
 	t.portChains(c)
-	if err := c.Flush(); err != nil {
+	if err := t.flush(c); err != nil {
 		return fmt.Errorf("set up host ports in nftables table %s: %w", t.cfg.Table, unsupported(err))
 	}
 	t.ports = true
@@ -222,17 +255,9 @@ func (t *Table) Add(ports []Port, ips []netip.Addr) error {
 	err = t.add(want, ports)
 	if errors.Is(err, fs.ErrNotExist) && t.ports {
 		// Somebody removed our table (nft flush ruleset). Once more from the start.
-		t.ports = false
-		if t.masq {
-			if c, cerr := t.conn(); cerr == nil {
-				t.base(c)
-				if t.ranges(c) == nil {
-					t.masqueradeChain(c)
-					_ = c.Flush()
-				}
-			}
+		if err = t.rebuild(); err == nil {
+			err = t.add(want, ports)
 		}
-		err = t.add(want, ports)
 	}
 	return err
 }
@@ -258,9 +283,10 @@ func (t *Table) add(want []element, ports []Port) error {
 		}
 		return fmt.Errorf("add host ports %s: %w", text(ports), err)
 	}
-	if err := t.forgetUDP(want); err != nil {
-		t.cfg.Log.Warn("connections that began before a UDP host port was added may miss it", "err", err)
+	for _, e := range want {
+		t.known[e] = true
 	}
+	t.remember(want)
 	return nil
 }
 
@@ -289,6 +315,11 @@ func (t *Table) prune(drop func(element) bool) error {
 		}
 		return err
 	}
+	for e := range t.known {
+		if drop(e) {
+			delete(t.known, e)
+		}
+	}
 	have, err := t.dump(c)
 	if err != nil {
 		return err
@@ -305,9 +336,7 @@ func (t *Table) prune(drop func(element) bool) error {
 	if err := t.change(c, del, nil); err != nil {
 		return fmt.Errorf("remove host ports: %w", err)
 	}
-	if err := t.forgetUDP(del); err != nil {
-		t.cfg.Log.Warn("connections to a removed UDP host port may linger", "err", err)
-	}
+	t.remember(del)
 	return nil
 }
 
@@ -355,19 +384,75 @@ func (t *Table) restore(want []element) error {
 		return err
 	}
 	defer unlock()
-	// After a restart the chains may be those of an older program: lay them anew.
-	t.ports = false
-	if err := t.preparePorts(); err != nil {
-		return err
+	for _, e := range want {
+		t.known[e] = true
 	}
+	// After a restart the chains may be those of an older program: lay them anew.
+	return t.rebuild()
+}
+
+// rebuild lays the table's chains anew and adds the host ports that this process knows.
+func (t *Table) rebuild() error {
 	c, err := t.conn()
 	if err != nil {
 		return err
 	}
-	if err := t.change(c, nil, want); err != nil {
-		return fmt.Errorf("restore host ports: %w", err)
+	if t.masq || len(t.known) > 0 {
+		t.base(c)
+		if err := t.ranges(c); err != nil {
+			return err
+		}
 	}
+	if t.masq {
+		t.masqueradeChain(c)
+	}
+	if len(t.known) > 0 {
+		t.portChains(c)
+	}
+	var want []element
+	for e := range t.known {
+		want = append(want, e)
+	}
+	t.ports = false
+	if err := t.change(c, nil, want); err != nil {
+		return fmt.Errorf("lay nftables table %s: %w", t.cfg.Table, unsupported(err))
+	}
+	t.ports = len(t.known) > 0
 	return nil
+}
+
+// Repair lays the table again if somebody else removed it, as "nft flush ruleset" does (and with it the reload of
+// many a firewall). It says whether it had to.
+func (t *Table) Repair() (bool, error) {
+	unlock, err := t.lock()
+	if err != nil {
+		return false, err
+	}
+	defer unlock()
+	if !t.masq && len(t.known) == 0 {
+		return false, nil
+	}
+	c, err := t.conn()
+	if err != nil {
+		return false, err
+	}
+	if _, err := c.ListTableOfFamily(t.cfg.Table, nftables.TableFamilyINet); err == nil {
+		return false, nil
+	}
+	t.hangUp()
+	return true, t.rebuild()
+}
+
+// Has says whether this process knows of host ports that lead to one of ips.
+func (t *Table) Has(ips []netip.Addr) bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for _, ip := range ips {
+		if t.known[element{pod: ip}] {
+			return true
+		}
+	}
+	return false
 }
 
 // Destroy removes the table. None is success.
@@ -378,6 +463,7 @@ func (t *Table) Destroy() error {
 	}
 	defer unlock()
 	t.masq, t.ports = false, false
+	clear(t.known)
 	c, err := t.conn()
 	if err != nil {
 		if errors.Is(err, errdefs.ErrFailedPrecondition) {
@@ -386,7 +472,7 @@ func (t *Table) Destroy() error {
 		return err
 	}
 	c.DelTable(t.set.table)
-	if err := c.Flush(); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(unsupported(err), errdefs.ErrFailedPrecondition) {
+	if err := t.flush(c); err != nil && !errors.Is(err, fs.ErrNotExist) && !errors.Is(unsupported(err), errdefs.ErrFailedPrecondition) {
 		return fmt.Errorf("remove nftables table %s: %w", t.cfg.Table, err)
 	}
 	return nil
@@ -413,7 +499,34 @@ func (t *Table) change(c *nftables.Conn, del, add []element) error {
 			}
 		}
 	}
-	return c.Flush()
+	return t.flush(c)
+}
+
+// remember notes the UDP host ports among elems for ForgetConnections.
+func (t *Table) remember(elems []element) {
+	for _, e := range elems {
+		if e.proto == unix.IPPROTO_UDP {
+			t.forget = append(t.forget, e)
+		}
+	}
+}
+
+// Stale says whether ForgetConnections has something to do.
+func (t *Table) Stale() bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	return len(t.forget) > 0
+}
+
+// ForgetConnections deletes the tracked connections of UDP host ports added or removed since the last call: a
+// client that keeps sending would else stay with the old decision for as long as it sends. It reads the
+// whole connection table, so it does not belong on the way of a pod's start.
+func (t *Table) ForgetConnections() error {
+	t.mu.Lock()
+	elems := t.forget
+	t.forget = nil
+	t.mu.Unlock()
+	return t.forgetUDP(elems)
 }
 
 // dump lists the elements in the kernel; no table is an empty list.

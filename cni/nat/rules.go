@@ -161,37 +161,37 @@ func masquerade() []expr.Any {
 	return []expr.Any{&expr.Masq{FullyRandom: true}}
 }
 
-// forgetUDP deletes the connection tracking entries of UDP host ports that were added or removed: a client
-// that keeps sending would else stay with the old decision for as long as it sends.
+// forgetUDP deletes the tracked connections to elems, all in one pass over the table for each family.
 func (t *Table) forgetUDP(elems []element) error {
-	var h *netlink.Handle
+	filters := map[netlink.InetFamily][]netlink.CustomConntrackFilter{}
 	for _, e := range elems {
-		if e.proto != unix.IPPROTO_UDP {
-			continue
-		}
-		if h == nil {
-			at := vnetns.None()
-			if t.cfg.Host != nil {
-				at = vnetns.NsHandle(t.cfg.Host.FD())
-			}
-			var err error
-			if h, err = netlink.NewHandleAt(at, unix.NETLINK_NETFILTER); err != nil {
-				return fmt.Errorf("open connection tracking: %w", err)
-			}
-			defer h.Close()
-		}
-		filter := &netlink.ConntrackFilter{}
-		_ = filter.AddProtocol(unix.IPPROTO_UDP)
-		_ = filter.AddPort(netlink.ConntrackOrigDstPort, e.port)
+		f := &netlink.ConntrackFilter{}
+		_ = f.AddProtocol(unix.IPPROTO_UDP)
+		_ = f.AddPort(netlink.ConntrackOrigDstPort, e.port)
 		if e.host.IsValid() {
-			_ = filter.AddIP(netlink.ConntrackOrigDstIP, e.host.AsSlice())
+			_ = f.AddIP(netlink.ConntrackOrigDstIP, e.host.AsSlice())
 		}
-		fam := netlink.InetFamily(unix.AF_INET)
+		family := netlink.InetFamily(unix.AF_INET)
 		if e.pod.Is6() {
-			fam = unix.AF_INET6
+			family = unix.AF_INET6
 		}
-		if _, err := h.ConntrackDeleteFilters(netlink.ConntrackTable, fam, filter); err != nil {
-			return fmt.Errorf("delete connection tracking entries of udp port %d: %w", e.port, err)
+		filters[family] = append(filters[family], f)
+	}
+	if len(filters) == 0 {
+		return nil
+	}
+	at := vnetns.None()
+	if t.cfg.Host != nil {
+		at = vnetns.NsHandle(t.cfg.Host.FD())
+	}
+	h, err := netlink.NewHandleAt(at, unix.NETLINK_NETFILTER)
+	if err != nil {
+		return fmt.Errorf("open connection tracking: %w", err)
+	}
+	defer h.Close()
+	for family, f := range filters {
+		if _, err := h.ConntrackDeleteFilters(netlink.ConntrackTable, family, f...); err != nil {
+			return fmt.Errorf("delete tracked connections of UDP host ports: %w", err)
 		}
 	}
 	return nil

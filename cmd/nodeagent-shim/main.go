@@ -6,6 +6,7 @@
 //	reaper STATEDIR EXITDIR   the parent of the shim (shim/reaper, in C)
 //	serve STATEDIR EXITDIR    the shim (shim/server)
 //	init                      libcontainer's init in a new container (shim/initmode)
+//	seccomp-compile           compiles one seccomp profile and ends (shim/seccomp)
 //
 // The daemon starts the first, which starts the second. Keep its imports few:
 // every container and every exec starts through this binary.
@@ -31,6 +32,7 @@ import (
 	_ "github.com/nodeagent/nodeagent/shim/initmode"
 	"github.com/nodeagent/nodeagent/shim/pause"
 	"github.com/nodeagent/nodeagent/shim/reaper"
+	"github.com/nodeagent/nodeagent/shim/seccomp"
 	"github.com/nodeagent/nodeagent/shim/server"
 )
 
@@ -40,6 +42,9 @@ const exitOther = 75
 var errOther = errors.New("another shim serves this state directory")
 
 func main() {
+	if len(os.Args) == 2 && os.Args[1] == seccomp.Arg {
+		seccomp.Compile()
+	}
 	if len(os.Args) != 4 || os.Args[1] != "serve" {
 		fmt.Fprintln(os.Stderr, "usage: nodeagent-shim reaper|serve STATEDIR EXITDIR")
 		os.Exit(2)
@@ -64,6 +69,10 @@ func run(log *slog.Logger, state, exits string) error {
 	// libcontainer hands this to the init process, which has one thread to run.
 	os.Setenv("GOMAXPROCS", "1")
 	quietLogrus(log)
+	filters, err := seccomp.NewCache("/proc/self/exe", log)
+	if err != nil {
+		return err
+	}
 	unix.Umask(0o022)
 	if err := os.Chdir("/"); err != nil {
 		return err
@@ -82,10 +91,13 @@ func run(log *slog.Logger, state, exits string) error {
 	if err != nil {
 		log.Warn("no reaper; exits while no shim runs may be unknown", "err", err)
 	}
-	s, err := server.New(server.Config{StateDir: state, ExitDir: exits, Reaper: conn, Kept: kept, Log: log})
+	s, err := server.New(server.Config{StateDir: state, ExitDir: exits, Reaper: conn, Kept: kept, Log: log, Seccomp: filters.Want})
 	if err != nil {
 		return err
 	}
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	go filters.Run(ctx)
 	if err := pause.WriteRoot(filepath.Join(state, "pause")); err != nil {
 		return err
 	}

@@ -40,6 +40,7 @@ type Cache struct {
 	log *slog.Logger
 
 	mu       sync.Mutex
+	last     *configs.Seccomp           // what Want saw last
 	known    map[[sha256.Size]byte]bool // profiles asked for, compiled or not
 	programs []program                  // oldest first
 	queue    chan *configs.Seccomp
@@ -76,23 +77,24 @@ func (c *Cache) Run(ctx context.Context) {
 }
 
 // Want makes p known soon, so that later starts with the same profile are
-// spared its compilation. It does not wait. nil is no profile.
+// spared its compilation. It does not wait. p must not change any more.
 func (c *Cache) Want(p *configs.Seccomp) {
-	if p == nil {
-		return
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if p == c.last {
+		return // nearly always: one profile for all containers, and encoding takes longer than asking
 	}
 	key, _, err := encode(p)
 	if err != nil {
 		return
 	}
-	c.mu.Lock()
-	defer c.mu.Unlock()
 	if c.known[key] {
+		c.last = p
 		return
 	}
 	select {
 	case c.queue <- p:
-		c.known[key] = true
+		c.known[key], c.last = true, p
 	default: // a later start asks again
 	}
 }
@@ -116,6 +118,7 @@ func (c *Cache) add(ctx context.Context, p *configs.Seccomp) error {
 	c.programs = append(c.programs, program{key, entry})
 	if len(c.programs) > maxPrograms {
 		delete(c.known, c.programs[0].profile)
+		c.last = nil
 		c.programs = c.programs[1:]
 	}
 	return c.publish()

@@ -99,6 +99,7 @@ func (s *Server) adopt(ctx context.Context, id string, sameBoot bool) error {
 		return err
 	}
 	cfg := c.lc.Config()
+	s.useSeccomp(cfg.Seccomp)
 	cg := *cfg.Cgroups
 	if c.cgroup, err = manager.NewWithPaths(&cg, c.facts.CgroupPaths); err != nil {
 		return err

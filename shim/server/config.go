@@ -50,6 +50,13 @@ func (p *profiles) get(text []byte) (*configs.Seccomp, error) {
 	return c, nil
 }
 
+// useSeccomp makes known that processes will start with a profile.
+func (s *Server) useSeccomp(p *configs.Seccomp) {
+	if p != nil && s.cfg.Seccomp != nil {
+		s.cfg.Seccomp(p)
+	}
+}
+
 // config turns a request into libcontainer's configuration and its process.
 func (s *Server) config(req *api.StartRequest) (*configs.Config, *specs.Process, error) {
 	var spec specs.Spec
@@ -69,6 +76,7 @@ func (s *Server) config(req *api.StartRequest) (*configs.Config, *specs.Process,
 	if err != nil {
 		return nil, nil, err
 	}
+	s.useSeccomp(profile)
 	cfg, err := specconv.CreateLibcontainerConfig(&specconv.CreateOpts{
 		CgroupName:       req.Id,
 		UseSystemdCgroup: req.SystemdCgroup,

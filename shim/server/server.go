@@ -51,6 +51,8 @@ type Config struct {
 	Reaper   *reaper.Conn
 	Kept     map[string]int // descriptors that the reaper kept
 	Log      *slog.Logger
+	// Seccomp hears of every profile in use, nil for none; it does not wait.
+	Seccomp func(*configs.Seccomp)
 }
 
 // Server is the shim's state.

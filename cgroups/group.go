@@ -479,7 +479,8 @@ func (r *reader) procs(dir string, visit func([]byte) error) error {
 	return err
 }
 
-// OOMKills counts the processes of the group that the OOM killer took.
+// OOMKills counts the processes of the group that the OOM killer took; v1 does
+// not count those of groups below it.
 //
 // Errors: NotFound if the group is gone or memory is not accounted.
 func (g Group) OOMKills() (uint64, error) {

@@ -39,6 +39,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/opencontainers/runc/libcontainer/configs"
 
 	"github.com/nodeagent/nodeagent/shim/reaper"
 	"github.com/nodeagent/nodeagent/shim/record"

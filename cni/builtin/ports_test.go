@@ -99,7 +99,7 @@ func testHostPorts(t *testing.T, masq bool) {
 	}
 	// A host service on loopback stays unreachable for pods although their veth has route_localnet.
 	l.Echo(l.Node, "udp", "127.0.0.1:9999")
-	lab.In(t, srv.Netns, func() error { return lab.Route("127.0.0.0/8", "169.254.1.1") })
+	lab.In(t, srv.Netns, func() error { return lab.SendLoopbackAway(gateway4) })
 	if peer, err := lab.AskFrom(srv.Netns, "udp", srv.at(0, 5555), "127.0.0.1:9999"); err == nil {
 		t.Errorf("a pod reached the host's 127.0.0.1 as %s", peer)
 	}

@@ -153,8 +153,8 @@ func (w *wired) preparePod() error {
 	}
 	b.LinkUp(w.podIndex, "set pod's "+w.Peer+" up")
 	b.AddNeigh(w.podIndex, gateway4, w.MAC, "add pod's neighbour "+gateway4.String())
-	b.AddRoute(rtnl.Route{Dst: host(gateway4), Link: w.podIndex}, "add pod's route to "+gateway4.String())
-	b.AddRoute(rtnl.Route{Dst: netip.PrefixFrom(netip.IPv4Unspecified(), 0), Gateway: gateway4, Link: w.podIndex}, "add pod's default route")
+	b.AddRoute(rtnl.Route{Dst: host(gateway4), Link: w.podIndex, Protocol: Protocol}, "add pod's route to "+gateway4.String())
+	b.AddRoute(rtnl.Route{Dst: netip.PrefixFrom(netip.IPv4Unspecified(), 0), Gateway: gateway4, Link: w.podIndex, Protocol: Protocol}, "add pod's default route")
 	if err := w.pod.Do(&b); err != nil {
 		return err
 	}
@@ -164,7 +164,7 @@ func (w *wired) preparePod() error {
 	var v6 rtnl.Batch
 	v6.AddAddr(w.podIndex, netip.PrefixFrom(w.linkLocal(), 64), "add pod's link-local address")
 	v6.AddNeigh(w.podIndex, gateway6, w.MAC, "add pod's neighbour "+gateway6.String())
-	v6.AddRoute(rtnl.Route{Dst: netip.PrefixFrom(netip.IPv6Unspecified(), 0), Gateway: gateway6, Link: w.podIndex}, "add pod's IPv6 default route")
+	v6.AddRoute(rtnl.Route{Dst: netip.PrefixFrom(netip.IPv6Unspecified(), 0), Gateway: gateway6, Link: w.podIndex, Protocol: Protocol}, "add pod's IPv6 default route")
 	err := w.pod.Do(&v6)
 	if noIPv6(err) {
 		w.v6 = false

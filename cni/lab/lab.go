@@ -340,32 +340,27 @@ func In(t testing.TB, path string, f func() error) {
 	}
 }
 
-// Route adds a route by way of eth0, and lets loopback addresses be used on it.
-func Route(dst, via string) error {
+// SendLoopbackAway makes a pod's namespace send packets to 127.0.0.0/8 out of eth0 to via, as a hostile pod can.
+func SendLoopbackAway(via netip.Addr) error {
 	link, err := netlink.LinkByName("eth0")
 	if err != nil {
 		return err
 	}
-	_ = os.WriteFile("/proc/sys/net/ipv4/conf/eth0/route_localnet", []byte("1"), 0)
-	_ = os.WriteFile("/proc/sys/net/ipv4/conf/all/rp_filter", []byte("0"), 0)
-	if rule, err := netlink.RuleList(unix.AF_INET); err == nil {
-		// Local addresses are looked up last, so that 127.0.0.0/8 can lead away.
-		for _, r := range rule {
-			if r.Table == unix.RT_TABLE_LOCAL {
-				r.Priority = 50000
-				if err := netlink.RuleAdd(&r); err != nil {
-					return err
-				}
-				r.Priority = 0
-				if err := netlink.RuleDel(&r); err != nil {
-					return err
-				}
-			}
+	for _, key := range []string{"eth0/route_localnet", "all/rp_filter", "eth0/rp_filter"} {
+		value := "0"
+		if strings.HasSuffix(key, "localnet") {
+			value = "1"
+		}
+		if err := os.WriteFile("/proc/sys/net/ipv4/conf/"+key, []byte(value), 0); err != nil {
+			return err
 		}
 	}
-	p := netip.MustParsePrefix(dst)
-	return netlink.RouteAdd(&netlink.Route{
-		LinkIndex: link.Attrs().Index, Gw: netip.MustParseAddr(via).AsSlice(),
-		Dst: &net.IPNet{IP: p.Addr().AsSlice(), Mask: net.CIDRMask(p.Bits(), p.Addr().BitLen())},
-	})
+	loopback := &net.IPNet{IP: net.IPv4(127, 0, 0, 0).To4(), Mask: net.CIDRMask(8, 32)}
+	away, local := netlink.NewRule(), netlink.NewRule()
+	away.Priority, away.Table, away.Dst = 5, 100, loopback
+	local.Priority, local.Table = 10, unix.RT_TABLE_LOCAL
+	first := netlink.NewRule()
+	first.Priority, first.Table = 0, unix.RT_TABLE_LOCAL
+	return errors.Join(netlink.RuleAdd(away), netlink.RuleAdd(local), netlink.RuleDel(first),
+		netlink.RouteAdd(&netlink.Route{LinkIndex: link.Attrs().Index, Gw: via.AsSlice(), Dst: loopback, Table: 100}))
 }

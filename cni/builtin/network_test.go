@@ -1,0 +1,488 @@
+package builtin
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/nodeagent/nodeagent/cni/lab"
+	"github.com/nodeagent/nodeagent/cni/nat"
+	"github.com/vishvananda/netlink"
+)
+
+func sysctl(t *testing.T, path, key, value string) {
+	t.Helper()
+	lab.In(t, path, func() error { return os.WriteFile("/proc/sys/"+key, []byte(value), 0) })
+}
+
+// heldBy counts the address records of each sandbox.
+func heldBy(t *testing.T, n *Network) map[string]int {
+	t.Helper()
+	recs, broken, err := n.pool.Held(n.cfg.Name)
+	if err != nil || len(broken) > 0 {
+		t.Fatal(err, broken)
+	}
+	got := map[string]int{}
+	for _, r := range recs {
+		got[r.Sandbox]++
+	}
+	return got
+}
+
+func TestBeforeUp(t *testing.T) {
+	l := lab.New(t)
+	var refuse error
+	var seen []netip.Addr
+	n := newNetwork(t, l, func(c *Config) {
+		c.BeforeUp = func(_ context.Context, sandbox string, index int, ips []netip.Addr) error {
+			seen = ips
+			lab.In(t, l.Node, func() error {
+				link, err := netlink.LinkByIndex(index)
+				if err != nil {
+					return err
+				}
+				if link.Attrs().Flags&net.FlagUp != 0 || !strings.HasPrefix(link.Attrs().Name, "na") {
+					t.Errorf("link %s, flags %s", link.Attrs().Name, link.Attrs().Flags)
+				}
+				return nil
+			})
+			if sandbox == "" {
+				t.Error("no sandbox")
+			}
+			return refuse
+		}
+	})
+	a := newPod(t, l, n, "a")
+	if !slices.Equal(seen, a.IPs) {
+		t.Errorf("hook saw %v, pod has %v", seen, a.IPs)
+	}
+	refuse = errors.New("no policy")
+	_, err := attachPorts(t, l, n, "b", nat.Port{HostPort: 80, ContainerPort: 80})
+	if !errors.Is(err, refuse) {
+		t.Errorf("error %v", err)
+	}
+	if got := len(l.Links("na")); got != 1 {
+		t.Errorf("%d links", got)
+	}
+	if held := heldBy(t, n); len(held) != 1 {
+		t.Errorf("held: %v", held)
+	}
+	if rules := ruleset(t, l); strings.Contains(rules, "tcp . 80") {
+		t.Errorf("host port left: %s", rules)
+	}
+}
+
+// TestCancelled ends the context in the hook, the last moment that counts.
+func TestCancelled(t *testing.T) {
+	l := lab.New(t)
+	ctx, cancel := context.WithCancel(context.Background())
+	n := newNetwork(t, l, func(c *Config) {
+		c.BeforeUp = func(context.Context, string, int, []netip.Addr) error { cancel(); return nil }
+	})
+	path := l.Netns("a")
+	if _, err := n.Attach(ctx, Attachment{SandboxID: "a", Netns: path, Key: path}); !errors.Is(err, context.Canceled) {
+		t.Errorf("error %v", err)
+	}
+	if got := l.Links("na"); len(got)+len(heldBy(t, n)) > 0 {
+		t.Errorf("left: %v, %v", got, heldBy(t, n))
+	}
+}
+
+func TestMTUAndNames(t *testing.T) {
+	l := lab.New(t).WithOutside(1400)
+	n := newNetwork(t, l, nil)
+	a := newPod(t, l, n, "a")
+	lab.In(t, a.Netns, func() error {
+		link, err := netlink.LinkByName("eth0")
+		if err == nil && link.Attrs().MTU != 1400 {
+			t.Errorf("MTU %d", link.Attrs().MTU)
+		}
+		return err
+	})
+	lab.In(t, l.Node, func() error {
+		link, err := netlink.LinkByName(a.HostInterface)
+		if err != nil {
+			return err
+		}
+		if alias := link.Attrs().Alias; !strings.Contains(alias, "instance=test") || !strings.Contains(alias, "sandbox=sandbox-a") {
+			t.Errorf("alias %q", alias)
+		}
+		if len(a.HostInterface) > 15 || a.HostInterface != n.LinkName(a.Key) {
+			t.Errorf("name %q", a.HostInterface)
+		}
+		return nil
+	})
+	other := newNetwork(t, l, func(c *Config) { c.Name = "other"; c.RootDir += "2" })
+	if other.LinkName(a.Key) == n.LinkName(a.Key) || other.group == n.group {
+		t.Error("two instances share marks")
+	}
+	if err := other.Reconcile(context.Background(), nil); err != nil {
+		t.Error(err)
+	}
+	if err := n.Check(context.Background(), a.Attachment, a.IPs); err != nil {
+		t.Errorf("another instance's reconciliation: %v", err)
+	}
+}
+
+func TestNoIPv6(t *testing.T) {
+	t.Run("host", func(t *testing.T) {
+		l := lab.New(t)
+		sysctl(t, l.Node, "net/ipv6/conf/all/disable_ipv6", "1")
+		sysctl(t, l.Node, "net/ipv6/conf/default/disable_ipv6", "1")
+		n := newNetwork(t, l, nil)
+		a, b := newPod(t, l, n, "a"), newPod(t, l, n, "b")
+		if len(a.IPs) != 1 || !a.IPs[0].Is4() {
+			t.Fatalf("addresses %v", a.IPs)
+		}
+		l.Echo(b.Netns, "tcp", b.at(0, 7))
+		if _, err := lab.Ask(a.Netns, "tcp", b.at(0, 7)); err != nil {
+			t.Error(err)
+		}
+		only6 := newNetwork(t, l, func(c *Config) {
+			c.Name, c.RootDir, c.PodCIDRs = "six", c.RootDir+"6", []netip.Prefix{netip.MustParsePrefix("fd06::/64")}
+		})
+		if err := only6.Status(context.Background()); !errors.Is(err, errdefs.ErrFailedPrecondition) {
+			t.Errorf("IPv6 ranges on a host without: %v", err)
+		}
+	})
+	for _, when := range []string{"before", "after prewire"} {
+		t.Run("pod "+when, func(t *testing.T) {
+			l := lab.New(t)
+			n := newNetwork(t, l, nil)
+			path := l.Netns("a")
+			if when != "before" {
+				if err := n.Prewire(context.Background(), path); err != nil {
+					t.Fatal(err)
+				}
+			}
+			sysctl(t, path, "net/ipv6/conf/all/disable_ipv6", "1")
+			sysctl(t, path, "net/ipv6/conf/default/disable_ipv6", "1")
+			got, err := n.Attach(context.Background(), Attachment{SandboxID: "a", Netns: path, Key: path})
+			if err != nil {
+				t.Fatal(err)
+			}
+			if len(got.IPs) != 1 || heldBy(t, n)["a"] != 1 {
+				t.Errorf("addresses %v, held %v", got.IPs, heldBy(t, n))
+			}
+			if err := lab.Ping(path, n.node.src[0]); err != nil {
+				t.Error(err)
+			}
+		})
+	}
+}
+
+func TestHostKeepsRouterAdvertisements(t *testing.T) {
+	l := lab.New(t).WithOutside(1500)
+	sysctl(t, l.Node, "net/ipv6/conf/uplink/accept_ra", "1")
+	n := newNetwork(t, l, nil)
+	if err := n.Status(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	if v := n.readSysctl("net/ipv6/conf/uplink/accept_ra"); v != "2" {
+		t.Errorf("accept_ra %s: the host would lose its default route", v)
+	}
+	if n.readSysctl("net/ipv6/conf/all/forwarding") != "1" || n.readSysctl("net/ipv4/ip_forward") != "1" {
+		t.Error("no forwarding")
+	}
+}
+
+func TestOverlap(t *testing.T) {
+	l := lab.New(t).WithOutside(1500)
+	n := newNetwork(t, l, func(c *Config) { c.PodCIDRs = []netip.Prefix{netip.MustParsePrefix("192.0.0.0/16")} })
+	err := n.Status(context.Background())
+	if !errors.Is(err, errdefs.ErrFailedPrecondition) || !strings.Contains(err.Error(), "192.0.2.1/24") {
+		t.Errorf("error %v", err)
+	}
+}
+
+func TestExhaustedAndSeveralRanges(t *testing.T) {
+	l := lab.New(t)
+	n := newNetwork(t, l, func(c *Config) {
+		c.PodCIDRs = []netip.Prefix{netip.MustParsePrefix("10.1.0.0/30"), netip.MustParsePrefix("10.2.0.0/30")}
+		c.Quarantine = time.Hour
+	})
+	a, b := newPod(t, l, n, "a"), newPod(t, l, n, "b")
+	if a.IPs[0] == b.IPs[0] {
+		t.Error("same address twice")
+	}
+	l.Echo(b.Netns, "tcp", b.at(0, 7))
+	if _, err := lab.Ask(a.Netns, "tcp", b.at(0, 7)); err != nil {
+		t.Error(err)
+	}
+	_, err := attachPorts(t, l, n, "c")
+	if !errors.Is(err, errdefs.ErrResourceExhausted) {
+		t.Errorf("error %v", err)
+	}
+	t.Log(err)
+	if got := len(l.Links("na")); got != 2 {
+		t.Errorf("%d links", got)
+	}
+}
+
+func TestSetPodCIDRs(t *testing.T) {
+	l := lab.New(t).WithOutside(1500)
+	ctx := context.Background()
+	configured := []netip.Prefix{netip.MustParsePrefix("10.1.0.0/24")}
+	set := []netip.Prefix{netip.MustParsePrefix("10.2.0.0/24"), netip.MustParsePrefix("fd02::/64")}
+	open := func() *Network { return newNetwork(t, l, func(c *Config) { c.PodCIDRs = configured }) }
+	n := open()
+	a := newPod(t, l, n, "a")
+	for _, bad := range [][]netip.Prefix{nil, {netip.MustParsePrefix("10.2.0.1/24")}, {set[0], set[0]}, {netip.MustParsePrefix("224.0.0.0/8")}} {
+		if err := n.SetPodCIDRs(ctx, bad); !errors.Is(err, errdefs.ErrInvalidArgument) {
+			t.Errorf("%v: error %v", bad, err)
+		}
+	}
+	if err := n.SetPodCIDRs(ctx, set); err != nil {
+		t.Fatal(err)
+	}
+	b := newPod(t, l, n, "b")
+	if len(b.IPs) != 2 || !set[0].Contains(b.IPs[0]) {
+		t.Errorf("addresses %v", b.IPs)
+	}
+	l.Echo(l.Outside, "tcp", "192.0.2.2:7")
+	l.Echo(b.Netns, "tcp", b.at(0, 7))
+	if peer, err := lab.Ask(a.Netns, "tcp", b.at(0, 7)); err != nil || peer != a.IPs[0].String() {
+		t.Errorf("between ranges: %q, %v", peer, err)
+	}
+	for _, p := range []pod{a, b} {
+		if peer, err := lab.Ask(p.Netns, "tcp", "192.0.2.2:7"); err != nil || peer != "192.0.2.1" {
+			t.Errorf("masquerade of %v: %q, %v", p.IPs, peer, err)
+		}
+	}
+	// The ranges set outlive the process although others are configured.
+	n.Close()
+	n = open()
+	if !slices.Equal(n.PodCIDRs(), set) {
+		t.Errorf("after a restart: %v", n.PodCIDRs())
+	}
+	if err := n.Reconcile(ctx, []Live{{Attachment: a.Attachment, IPs: a.IPs}}); err != nil {
+		t.Fatal(err)
+	}
+	if peer, err := lab.Ask(a.Netns, "tcp", "192.0.2.2:7"); err != nil || peer != "192.0.2.1" {
+		t.Errorf("masquerade after a restart: %q, %v", peer, err)
+	}
+	if held := heldBy(t, n); len(held) != 1 || held["sandbox-a"] != 1 {
+		t.Errorf("held %v", held)
+	}
+	// When nobody has an address of a former range, it is forgotten.
+	if err := n.Reconcile(ctx, nil); err != nil {
+		t.Fatal(err)
+	}
+	lab.In(t, l.Node, func() error {
+		out, err := exec.Command("sh", "-c", "ip addr show dev lo; ip route").CombinedOutput()
+		if strings.Contains(string(out), "10.1.0") {
+			t.Errorf("former range left:\n%s", out)
+		}
+		return err
+	})
+	// What is configured anew counts again.
+	n.Close()
+	configured = []netip.Prefix{netip.MustParsePrefix("10.3.0.0/24")}
+	if n = open(); !slices.Equal(n.PodCIDRs(), configured) {
+		t.Errorf("configured anew: %v", n.PodCIDRs())
+	}
+}
+
+func TestRepair(t *testing.T) {
+	l := lab.New(t).WithOutside(1500)
+	n := newNetwork(t, l, nil)
+	srv, err := attachPorts(t, l, n, "server", nat.Port{HostPort: 8080, ContainerPort: 80})
+	if err != nil {
+		t.Fatal(err)
+	}
+	before := ruleset(t, l)
+	lab.In(t, l.Node, func() error { return exec.Command("nft", "flush", "ruleset").Run() })
+	n.care()
+	if after := ruleset(t, l); after != before {
+		t.Errorf("before:\n%s\nafter:\n%s", before, after)
+	}
+	// Without waiting for the next look: adding a port repairs too.
+	lab.In(t, l.Node, func() error { return exec.Command("nft", "flush", "ruleset").Run() })
+	if _, err := attachPorts(t, l, n, "second", nat.Port{HostPort: 8081, ContainerPort: 80}); err != nil {
+		t.Error(err)
+	}
+	l.Echo(srv.Netns, "tcp", srv.at(0, 80))
+	if _, err := lab.Ask(l.Outside, "tcp", "192.0.2.1:8080"); err != nil {
+		t.Error(err)
+	}
+	// A fresh process restores what it is told is live.
+	lab.In(t, l.Node, func() error { return exec.Command("nft", "flush", "ruleset").Run() })
+	again := newNetwork(t, l, nil)
+	if err := again.Reconcile(context.Background(), []Live{{Attachment: srv.Attachment, IPs: srv.IPs}}); err != nil {
+		t.Error(err)
+	}
+	if _, err := lab.Ask(l.Outside, "tcp", "192.0.2.1:8080"); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestStrictReversePath: the strictest setting of the host changes nothing for honest pods, and a pod cannot send
+// from another's address.
+func TestStrictReversePath(t *testing.T) {
+	l := lab.New(t).WithOutside(1500)
+	sysctl(t, l.Node, "net/ipv4/conf/all/rp_filter", "1")
+	n := newNetwork(t, l, nil)
+	client := newPod(t, l, n, "client")
+	srv, err := attachPorts(t, l, n, "server", nat.Port{HostPort: 8080, ContainerPort: 80}, nat.Port{Protocol: "udp", HostPort: 8080, ContainerPort: 80})
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.Echo(srv.Netns, "tcp", srv.at(0, 80))
+	l.Echo(srv.Netns, "udp", srv.at(0, 80))
+	for _, c := range []struct{ from, to string }{
+		{client.Netns, srv.at(0, 80)}, {l.Node, "127.0.0.1:8080"}, {srv.Netns, "192.0.2.1:8080"}, {l.Outside, "192.0.2.1:8080"},
+	} {
+		if _, err := lab.Ask(c.from, "tcp", c.to); err != nil {
+			t.Errorf("%s to %s: %v", filepath.Base(c.from), c.to, err)
+		}
+	}
+	sysctl(t, l.Node, "net/ipv4/conf/all/rp_filter", "0")
+	lab.In(t, client.Netns, func() error { return exec.Command("ip", "addr", "add", "10.213.99.99/32", "dev", "eth0").Run() })
+	lab.In(t, srv.Netns, func() error {
+		return exec.Command("ip", "route", "add", "10.213.99.99", "via", "169.254.1.1", "onlink", "dev", "eth0").Run()
+	})
+	var pc net.PacketConn
+	lab.In(t, srv.Netns, func() (err error) {
+		pc, err = net.ListenPacket("udp", srv.at(0, 81))
+		return err
+	})
+	defer pc.Close()
+	_, _ = lab.AskFrom(client.Netns, "udp", "10.213.99.99:5555", srv.at(0, 81))
+	_ = pc.SetReadDeadline(time.Now().Add(100 * time.Millisecond))
+	if n, from, err := pc.ReadFrom(make([]byte, 99)); err == nil {
+		t.Errorf("%d bytes with the forged source %s arrived", n, from)
+	}
+}
+
+func TestWarm(t *testing.T) {
+	l := lab.New(t)
+	n := newNetwork(t, l, nil)
+	ctx := context.Background()
+	first := newPod(t, l, n, "first") // opens what stays open
+	if err := n.Detach(ctx, first.Attachment, first.IPs); err != nil {
+		t.Fatal(err)
+	}
+	fds := openFDs(t)
+	var paths []string
+	for i := range 4 {
+		paths = append(paths, l.Netns(fmt.Sprint("warm", i)))
+		for range 2 { // once more is no fault
+			if err := n.Prewire(ctx, paths[i]); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	// A reconciliation in between leaves warm namespaces of this process alone.
+	if err := n.Reconcile(ctx, nil); err != nil {
+		t.Fatal(err)
+	}
+	if got := len(l.Links("na")); got != 4 {
+		t.Fatalf("%d links", got)
+	}
+	got, err := n.Attach(ctx, Attachment{SandboxID: "a", Netns: paths[0], Key: paths[0]})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := lab.Ping(l.Node, got.IPs[1]); err != nil {
+		t.Error(err)
+	}
+	if _, err := n.Attach(ctx, Attachment{SandboxID: "b", Netns: paths[0], Key: paths[0]}); !errors.Is(err, errdefs.ErrAlreadyExists) {
+		t.Errorf("second attachment of a namespace: %v", err)
+	}
+	if err := lab.Ping(l.Node, got.IPs[0]); err != nil {
+		t.Errorf("the second attachment broke the first: %v", err)
+	}
+	if err := n.Unwire(ctx, paths[1]); err != nil {
+		t.Error(err)
+	}
+	if err := n.Unwire(ctx, paths[1]); err != nil {
+		t.Error(err)
+	}
+	lab.Unpin(paths[2])
+	if err := n.Unwire(ctx, paths[2]); err != nil {
+		t.Error(err)
+	}
+	// A fresh process knows of no warm namespace: their links go.
+	again := newNetwork(t, l, nil)
+	if err := again.Reconcile(ctx, []Live{{Attachment: Attachment{SandboxID: "a", Netns: paths[0], Key: paths[0]}, IPs: got.IPs}}); err != nil {
+		t.Error(err)
+	}
+	if got := l.Links("na"); len(got) != 1 {
+		t.Errorf("links %v", got)
+	}
+	again.Close()
+	_ = n.Unwire(ctx, paths[3])
+	if now := openFDs(t); now > fds {
+		t.Errorf("%d descriptors, %d before", now, fds)
+	}
+	if err := n.Prewire(ctx, filepath.Join(l.Dir, "none")); !errors.Is(err, errdefs.ErrNotFound) {
+		t.Errorf("no namespace: %v", err)
+	}
+}
+
+func openFDs(t *testing.T) int {
+	t.Helper()
+	d, err := os.ReadDir("/proc/self/fd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	return len(d)
+}
+
+func TestRunDeletesLinks(t *testing.T) {
+	l := lab.New(t)
+	n := newNetwork(t, l, nil)
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() { defer close(done); _ = n.Run(ctx) }()
+	for !n.running.Load() {
+		time.Sleep(time.Millisecond)
+	}
+	var pods []pod
+	for i := range 8 {
+		pods = append(pods, newPod(t, l, n, fmt.Sprint("p", i)))
+	}
+	for _, p := range pods[:4] {
+		if err := n.Detach(ctx, p.Attachment, p.IPs); err != nil {
+			t.Error(err)
+		}
+	}
+	for deadline := time.Now().Add(5 * time.Second); len(l.Links("na")) > 4 && time.Now().Before(deadline); {
+		time.Sleep(10 * time.Millisecond)
+	}
+	if got := len(l.Links("na")); got != 4 {
+		t.Errorf("%d links", got)
+	}
+	for _, p := range pods[4:] {
+		if err := n.Detach(ctx, p.Attachment, p.IPs); err != nil {
+			t.Error(err)
+		}
+	}
+	cancel()
+	<-done
+	if got := l.Links("na"); len(got) > 0 {
+		t.Errorf("links left at the end of Run: %v", got)
+	}
+}
+
+func TestConfigFaultsAreReportedTogether(t *testing.T) {
+	_, err := New(Config{MTU: 7, StateDir: "x", RootDir: "/y", PodCIDRs: []netip.Prefix{netip.MustParsePrefix("10.0.0.0/31"), netip.MustParsePrefix("127.0.0.0/8")}})
+	if !errors.Is(err, errdefs.ErrInvalidArgument) {
+		t.Fatal(err)
+	}
+	for _, want := range []string{"name", "StateDir", "MTU 7", "10.0.0.0/31", "127.0.0.0/8"} {
+		if !strings.Contains(err.Error(), want) {
+			t.Errorf("%q is missing in: %v", want, err)
+		}
+	}
+}

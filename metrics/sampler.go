@@ -156,7 +156,7 @@ func (s *Sampler) pod(p *sample.Pod, t sample.PodTarget, depth sample.Depth) {
 	if depth < sample.Pods || t.CgroupParent == "" {
 		return
 	}
-	if r := s.read(groupKey{t.CgroupParent, ""}, depth.Parts(), t.CreatedAt, 0, false); r != nil {
+	if r := s.read(groupKey{t.CgroupParent, ""}, sample.Basic, t.CreatedAt, 0, false); r != nil {
 		p.Cgroup, p.Rate, p.Processes = r.cgroup, r.rate, r.processes
 	}
 }

@@ -48,7 +48,7 @@ func Pod(attrs *runtimeapi.PodSandboxAttributes, p *sample.Pod, containers []*ru
 		g, rate, processes = sum(p.Containers)
 	}
 	s.Cpu, s.Memory, s.Io = cpu(g, rate), memory(g), io(g)
-	if g.Have != 0 {
+	if g.Have != 0 && processes > 0 {
 		s.Process = &runtimeapi.ProcessUsage{Timestamp: g.Time.UnixNano(), ProcessCount: value(processes)}
 	}
 	s.Network = network(p.Network)
@@ -56,6 +56,7 @@ func Pod(attrs *runtimeapi.PodSandboxAttributes, p *sample.Pod, containers []*ru
 }
 
 // sum adds up containers, except what does not add up: limits and pressure.
+// Processes are only counted in a full sample.
 func sum(containers []*sample.Container) (*sample.Cgroup, sample.Rate, uint64) {
 	var g sample.Cgroup
 	var rate sample.Rate
@@ -77,7 +78,7 @@ func sum(containers []*sample.Container) (*sample.Cgroup, sample.Rate, uint64) {
 		g.Memory.MajorPageFaults += m.MajorPageFaults
 		rate.Valid = rate.Valid || c.Rate.Valid
 		rate.NanoCores += c.Rate.NanoCores
-		processes += max(c.Process.Processes, from.Pids.Current)
+		processes += c.Process.Processes
 	}
 	return &g, rate, processes
 }

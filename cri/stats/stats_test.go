@@ -225,7 +225,7 @@ func TestPod(t *testing.T) {
 	// Without a group of its own: the sum.
 	got := Pod(attrs, p, nil).Linux
 	if got.Cpu.UsageCoreNanoSeconds.Value != 12_900_000_000 || got.Memory.WorkingSetBytes.Value != 70 || got.Memory.AvailableBytes != nil ||
-		got.Process.ProcessCount.Value != 4 || got.Cpu.Psi != nil || got.Cpu.UsageNanoCores.Value != 250e6 {
+		got.Process.ProcessCount.Value != 2 || got.Cpu.Psi != nil || got.Cpu.UsageNanoCores.Value != 250e6 {
 		t.Errorf("sum: %v", got)
 	}
 	n := got.Network

@@ -27,9 +27,9 @@ const (
 	PSI                          // pressure stall information
 
 	// Basic is what ContainerStats and PodSandboxStats carry.
-	Basic = CPU | Memory | Pids | PSI
+	Basic = CPU | Memory | PSI
 	// Full is everything.
-	Full = Basic | CPUDetail | MemoryDetail | IO | Hugetlb
+	Full = Basic | CPUDetail | MemoryDetail | Pids | IO | Hugetlb
 )
 
 // Unlimited is the value of a limit that is not set.
@@ -131,10 +131,10 @@ type Depth int
 const (
 	Containers Depth = iota // the containers' CPU, memory, PSI, writable layer
 	Pods                    // and the pod's group, processes and network
-	Everything              // and all that the CRI's pod metrics know
+	Everything              // and all of the containers that the CRI's pod metrics know
 )
 
-// Parts of a group that a depth needs.
+// Parts of a container's group that a depth needs.
 func (d Depth) Parts() Set {
 	if d == Everything {
 		return Full

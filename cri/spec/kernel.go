@@ -58,6 +58,11 @@ func (hostKernel) ReadInRootfs(rootfs, name string) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
+	return readRegular(f, name)
+}
+
+// readRegular reads and closes f.
+func readRegular(f *os.File, name string) ([]byte, error) {
 	defer f.Close()
 	st, err := f.Stat()
 	if err != nil {

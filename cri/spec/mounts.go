@@ -163,17 +163,15 @@ func (b *builder) configMount(field string, m *runtimeapi.Mount) (specs.Mount, e
 	if err != nil {
 		return specs.Mount{}, err
 	}
-	opts := []string{"rbind"}
-	prop, err := b.propagation(field, m, src)
-	if err != nil {
-		return specs.Mount{}, err
-	}
-	opts = append(opts, prop)
 	mode, err := b.readOnly(field, m)
 	if err != nil {
 		return specs.Mount{}, err
 	}
-	opts = append(opts, mode)
+	prop, err := b.propagation(field, m, src)
+	if err != nil {
+		return specs.Mount{}, err
+	}
+	opts := []string{"rbind", prop, mode}
 	extra, err := mountOptions(field, m.GetMountOptions())
 	if err != nil {
 		return specs.Mount{}, err

@@ -79,7 +79,7 @@ func Sysctls(c *runtimeapi.PodSandboxConfig, d Defaults) (map[string]string, err
 	for key, val := range c.GetLinux().GetSysctls() {
 		k := dotted(key)
 		switch {
-		case k == "" || strings.Contains(k, "..") || strings.HasPrefix(k, ".") || strings.HasSuffix(k, ".") || hasNUL(k+val):
+		case !isSysctlName(k) || hasNUL(val):
 			return nil, invalid("linux.sysctls", key, "a sysctl name such as net.core.somaxconn")
 		case isIPCSysctl(k):
 			if hostIPC {
@@ -109,6 +109,17 @@ func Sysctls(c *runtimeapi.PodSandboxConfig, d Defaults) (map[string]string, err
 		out["net.ipv4.ping_group_range"] = "0 2147483647"
 	}
 	return out, nil
+}
+
+// isSysctlName: words with a dot between them; within a word a '/' stands for
+// a dot, but never for "..".
+func isSysctlName(k string) bool {
+	for word := range strings.SplitSeq(k, ".") {
+		if strings.Trim(word, "/") == "" || hasNUL(word) {
+			return false
+		}
+	}
+	return true
 }
 
 func isIPCSysctl(k string) bool {

@@ -10,7 +10,7 @@ import (
 )
 
 // baseSyscalls are allowed in every container.
-// Source: containerd contrib/seccomp/seccomp_default.go (2026-08); which of
+// Source: containerd contrib/seccomp/seccomp_default.go of v2.4.2; which of
 // them exist depends on kernel and libseccomp, unknown ones are skipped.
 const baseSyscalls = `
 accept accept4 access adjtimex alarm bind brk cachestat capget capset chdir chmod chown chown32
@@ -107,11 +107,14 @@ func DefaultSeccomp(bounding []string) *specs.LinuxSeccomp {
 		return specs.LinuxSeccompArg{Index: 0, Value: v, Op: op}
 	}
 	allow(baseSyscalls)
-	// Every address family but AF_ALG and AF_VSOCK, as three ranges: libseccomp
-	// ORs rules on the same argument, so two "not equal" would allow both.
+	// Every address family but AF_ALG (kernel cryptography) and AF_VSOCK (the
+	// hypervisor's host). Rules on the same argument are ORed, so two "not equal"
+	// would allow both; and "greater than" compares 64 bits where the kernel
+	// takes 32, so a family with high bits set would get through.
 	allow("socket", first(specs.OpLessThan, unix.AF_ALG))
-	allow("socket", first(specs.OpEqualTo, unix.AF_ALG+1))
-	allow("socket", first(specs.OpGreaterThan, unix.AF_VSOCK))
+	for _, family := range []uint64{unix.AF_NFC, unix.AF_KCM, unix.AF_QIPCRTR, unix.AF_SMC, unix.AF_XDP, unix.AF_MCTP} {
+		allow("socket", first(specs.OpEqualTo, family))
+	}
 	for _, persona := range []uint64{0x0, 0x0008, 0x20000, 0x20008, 0xffffffff} {
 		allow("personality", first(specs.OpEqualTo, persona))
 	}

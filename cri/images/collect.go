@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime/debug"
 	"strings"
 	"time"
 
@@ -93,6 +94,13 @@ func (s *Store) syncLayers(id string) {
 	if err != nil {
 		s.log.Error("sync of image layers failed", "image", id, "err", err)
 	}
+	s.mu.Lock()
+	busy := len(s.flights) > 0
+	s.mu.Unlock()
+	if !busy {
+		// The buffers of the pull would stay with us for minutes.
+		debug.FreeOSMemory()
+	}
 }
 
 // GC collects now: images without name and owner, the remains of failed pulls
@@ -101,6 +109,8 @@ func (s *Store) syncLayers(id string) {
 // Errors: FailedPrecondition before Restore.
 func (s *Store) GC(ctx context.Context) error {
 	ctx = s.scoped(ctx)
+	s.gcMu.Lock()
+	defer s.gcMu.Unlock()
 	s.recMu.Lock()
 	err := s.dropViews(ctx)
 	s.recMu.Unlock()

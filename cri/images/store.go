@@ -2,6 +2,7 @@ package images
 
 import (
 	"context"
+	"crypto/rand"
 	"errors"
 	"fmt"
 	"log/slog"
@@ -18,6 +19,7 @@ import (
 	"github.com/containerd/containerd/v2/core/metadata"
 	"github.com/containerd/containerd/v2/core/metadata/boltutil"
 	"github.com/containerd/containerd/v2/core/snapshots"
+	"github.com/containerd/containerd/v2/core/snapshots/storage"
 	"github.com/containerd/containerd/v2/plugins/content/local"
 	"github.com/containerd/containerd/v2/plugins/snapshots/overlay"
 	"github.com/containerd/errdefs"
@@ -115,6 +117,7 @@ type Store struct {
 	endLife context.CancelFunc
 	pulls   sync.WaitGroup
 
+	gcMu  sync.Mutex // one collection at a time; taken before recMu
 	recMu sync.Mutex // orders changes of the records with those of the index; taken before mu
 
 	mu       sync.Mutex // guards all below
@@ -190,8 +193,7 @@ func (s *Store) open() (err error) {
 	if err != nil {
 		return fmt.Errorf("open content store: %w", err)
 	}
-	s.backend, err = overlay.NewSnapshotter(filepath.Join(s.cfg.Root, "snapshots"), overlay.AsynchronousRemove, overlay.WithUpperdirLabel)
-	if err != nil {
+	if s.backend, err = openSnapshotter(s.life, filepath.Join(s.cfg.Root, "snapshots")); err != nil {
 		return fmt.Errorf("open snapshotter: %w", err)
 	}
 	defer func() {
@@ -211,6 +213,51 @@ func (s *Store) open() (err error) {
 		return err
 	}
 	return s.load()
+}
+
+// openSnapshotter opens the overlay snapshotter. A process killed while it made
+// a snapshot can leave the directory <id> without the record; as the id is
+// given out again, making the next snapshot would fail. So such directories get
+// another name first; the collector deletes them.
+func openSnapshotter(ctx context.Context, root string) (_ snapshots.Snapshotter, err error) {
+	if err := os.MkdirAll(filepath.Join(root, "snapshots"), 0o700); err != nil {
+		return nil, err
+	}
+	ms, err := storage.NewMetaStore(filepath.Join(root, "metadata.db"))
+	if err != nil {
+		return nil, err
+	}
+	defer func() {
+		if err != nil {
+			ms.Close()
+		}
+	}()
+	known := map[string]string{}
+	if err := ms.WithTransaction(ctx, false, func(ctx context.Context) error {
+		ids, err := storage.IDMap(ctx)
+		if err == nil {
+			known = ids
+		} else if errdefs.IsNotFound(err) {
+			err = nil // nothing was ever recorded
+		}
+		return err
+	}); err != nil {
+		return nil, fmt.Errorf("list snapshots: %w", err)
+	}
+	entries, err := os.ReadDir(filepath.Join(root, "snapshots"))
+	if err != nil {
+		return nil, err
+	}
+	for _, e := range entries {
+		if _, ok := known[e.Name()]; ok || strings.HasPrefix(e.Name(), "new-") {
+			continue
+		}
+		path := filepath.Join(root, "snapshots", e.Name())
+		if err := os.Rename(path, filepath.Join(root, "snapshots", "new-orphan-"+rand.Text())); err != nil {
+			return nil, fmt.Errorf("set orphaned snapshot aside: %w", err)
+		}
+	}
+	return overlay.NewSnapshotter(root, overlay.AsynchronousRemove, overlay.WithUpperdirLabel, overlay.WithMetaStore(ms))
 }
 
 // dropTornIngests removes partial downloads that a killed process had only

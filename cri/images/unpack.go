@@ -99,6 +99,10 @@ func upperDir(mounts []mount.Mount) (string, error) {
 	return "", fmt.Errorf("snapshot has no upper directory: %w", errdefs.ErrNotImplemented)
 }
 
+// maxWindow is the most memory, in bytes, that a zstd layer may make us hold:
+// what `zstd --long` needs.
+const maxWindow = 128 << 20
+
 // decompress recognises gzip and zstd by their first bytes, whatever the media
 // type says, as containerd does.
 func decompress(r io.Reader) (io.ReadCloser, error) {
@@ -112,7 +116,7 @@ func decompress(r io.Reader) (io.ReadCloser, error) {
 	case compression.Gzip:
 		return kgzip.NewReader(whole)
 	case compression.Zstd:
-		d, err := zstd.NewReader(whole, zstd.WithDecoderConcurrency(1))
+		d, err := zstd.NewReader(whole, zstd.WithDecoderConcurrency(1), zstd.WithDecoderLowmem(true), zstd.WithDecoderMaxWindow(maxWindow))
 		if err != nil {
 			return nil, err
 		}

@@ -282,12 +282,16 @@ func (g Group) readMemoryV2(r *reader, m *sample.MemoryStats, want sample.Set) e
 	if err := r.value(g.memory, "memory.current", &m.Usage); err != nil {
 		return err
 	}
-	// The order is that of the file; "kernel" came with 5.18.
+	stack, slab := &r.n[0], &r.n[1]
+	*stack, *slab = 0, 0
 	if err := r.keyed(g.memory, "memory.stat",
-		field{"anon", &m.RSS}, field{"file", &m.Cache}, field{"kernel", &m.Kernel}, field{"file_mapped", &m.MappedFile},
-		field{"inactive_file", &m.InactiveFile}, field{"active_file", &m.ActiveFile},
+		field{"anon", &m.RSS}, field{"file", &m.Cache}, field{"kernel", &m.Kernel}, field{"kernel_stack", stack}, field{"file_mapped", &m.MappedFile},
+		field{"inactive_file", &m.InactiveFile}, field{"active_file", &m.ActiveFile}, field{"slab", slab},
 		field{"pgfault", &m.PageFaults}, field{"pgmajfault", &m.MajorPageFaults}); err != nil {
 		return err
+	}
+	if m.Kernel == 0 { // "kernel" came with 5.18
+		m.Kernel = *stack + *slab
 	}
 	m.LocalPageFaults, m.LocalMajorPageFaults = m.PageFaults, m.MajorPageFaults
 	m.Limit, m.SwapLimit = sample.Unlimited, sample.Unlimited

@@ -128,7 +128,7 @@ func (m *Manager) ContainerPath(parent, id string) (string, error) {
 		return "", err
 	}
 	if m.driver == Systemd {
-		return path.Base(rel) + ":" + scopePrefix + ":" + id, nil
+		return sliceOf(rel) + ":" + scopePrefix + ":" + id, nil
 	}
 	return path.Join(rel, id), nil
 }
@@ -151,12 +151,20 @@ func (m *Manager) parentPath(parent string) (string, error) {
 	if parent == "" {
 		return "/" + m.name + ".slice", nil
 	}
-	unit := path.Base(parent)
+	unit := sliceOf(path.Clean("/" + parent))
 	rel, err := ocisystemd.ExpandSlice(unit)
 	if err != nil {
 		return "", fmt.Errorf("cgroup parent %q: the systemd driver wants a slice (\"kubepods.slice/kubepods-pod1.slice\"): %w: %w", parent, err, errdefs.ErrInvalidArgument)
 	}
 	return rel, nil
+}
+
+// sliceOf is the name of the slice at rel; the root's is "-.slice".
+func sliceOf(rel string) string {
+	if rel == "/" {
+		return "-.slice"
+	}
+	return path.Base(rel)
 }
 
 func checkID(id string) error {
@@ -182,18 +190,26 @@ func (m *Manager) EnsurePod(ctx context.Context, parent string, res *specs.Linux
 	if err := ctx.Err(); err != nil {
 		return fmt.Errorf("make pod cgroup %s: %w", rel, err)
 	}
+	// Counted first, so that no removal takes what this one stands on.
+	m.use(rel, 1)
 	if m.driver == Systemd {
 		err = m.ensureSlice(rel, r)
 	} else {
 		err = m.ensureDirs(rel, r)
 	}
 	if err != nil {
+		m.use(rel, -1)
 		return fmt.Errorf("make pod cgroup %s: %w", rel, err)
 	}
-	m.mu.Lock()
-	m.users[rel]++
-	m.mu.Unlock()
 	return nil
+}
+
+func (m *Manager) use(rel string, n int) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	if m.users[rel] += n; m.users[rel] <= 0 {
+		delete(m.users, rel)
+	}
 }
 
 // ensureDirs is EnsurePod for the cgroupfs driver.
@@ -214,11 +230,9 @@ func (m *Manager) ensureDirs(rel string, r *ocicgroups.Resources) (err error) {
 			return err
 		}
 	}
-	if len(made) == 0 {
-		ours, err := m.ours(rel)
-		if err != nil || !ours {
-			return err
-		}
+	ours, err := m.ours(rel)
+	if err != nil || (!ours && len(made) == 0) {
+		return err
 	}
 	oci, err := m.oci(rel, r)
 	if err != nil {
@@ -226,7 +240,7 @@ func (m *Manager) ensureDirs(rel string, r *ocicgroups.Resources) (err error) {
 	}
 	// Not to join anything: on v1 it fills an empty cpuset, on v2 it enables
 	// the controllers from the root downwards.
-	if err := oci.Apply(-1); err != nil {
+	if err := oci.Apply(-1); err != nil || !ours {
 		return err
 	}
 	return oci.Set(r)
@@ -296,17 +310,18 @@ func (m *Manager) markAll(rel string) error {
 }
 
 // ours reports whether we made the group, which its name says below our own
-// root and the mark says elsewhere.
+// root and elsewhere the mark. On v1 memory's hierarchy decides: the kubelet
+// makes groups in the hierarchies that it knows, and we in the others.
 func (m *Manager) ours(rel string) (bool, error) {
 	if m.ownPod(rel) {
 		return true, nil
 	}
-	for _, mount := range m.host.hierarchies() {
-		if ok, err := marked(mount + rel); ok || err != nil {
-			return ok, err
-		}
-	}
-	return false, nil
+	return marked(m.primary() + rel)
+}
+
+// primary is the mount point of the hierarchy whose groups matter most.
+func (m *Manager) primary() string {
+	return firstOf(m.host.Mounts["memory"], m.host.Mounts["cpu"], m.host.Mounts["pids"], m.host.Mounts[Unified])
 }
 
 // root is the group that holds the pods without a parent.
@@ -339,10 +354,7 @@ func (m *Manager) oci(rel string, r *ocicgroups.Resources) (ocicgroups.Manager, 
 	cg := &ocicgroups.Cgroup{Resources: r}
 	if m.driver == Systemd {
 		cg.Systemd = true
-		cg.Name = path.Base(rel)
-		if cg.Parent = path.Base(path.Dir(rel)); cg.Parent == "/" {
-			cg.Parent = "-.slice"
-		}
+		cg.Name, cg.Parent = sliceOf(rel), sliceOf(path.Dir(rel))
 		return ocimanager.New(cg)
 	}
 	cg.Path = rel
@@ -404,7 +416,7 @@ func (m *Manager) RemovePod(ctx context.Context, parent string) error {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	if m.users[rel]--; m.users[rel] > 0 {
-		return nil
+		return nil // another pod with the same parent
 	}
 	delete(m.users, rel)
 	if err := m.remove(rel); err != nil {
@@ -500,7 +512,7 @@ func removeTree(dir string, deadline time.Time) error {
 }
 
 // stopSlices stops the units of rel and its ancestors that are ours and hold
-// no process: stopping a slice would kill what is in it.
+// no process: stopping a slice would kill what is in it. Caller holds mu.
 func (m *Manager) stopSlices(rel string) error {
 	for p := rel; p != "/"; p = path.Dir(p) {
 		ours, err := m.ours(p)
@@ -512,7 +524,8 @@ func (m *Manager) stopSlices(rel string) error {
 		} else if busy {
 			return nil
 		}
-		if p != rel && m.hasChildren(p) {
+		// A slice that is being started below p must not lose its parent.
+		if p != rel && (len(m.users) > 0 || m.hasChildren(p)) {
 			return nil
 		}
 		oci, err := m.oci(p, &ocicgroups.Resources{SkipDevices: true})

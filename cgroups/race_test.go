@@ -2,5 +2,5 @@
 
 package cgroups
 
-// With the race detector sync.Pool drops things at random.
-func init() { raceDetector = true }
+// raceDetector: with it sync.Pool drops things at random.
+const raceDetector = true

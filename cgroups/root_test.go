@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/containerd/errdefs"
@@ -312,8 +313,6 @@ func TestStatsLive(t *testing.T) {
 	}
 }
 
-var raceDetector bool
-
 func TestStatsNoAllocs(t *testing.T) {
 	if raceDetector {
 		t.Skip("allocations are not those of production")
@@ -396,4 +395,120 @@ func mustResources(t testing.TB, m *Manager, r *specs.LinuxResources) *ocicgroup
 		t.Fatal(err)
 	}
 	return res
+}
+
+// A limit that the kernel refuses leaves nothing behind.
+func TestEnsureFails(t *testing.T) {
+	m := newManager(t)
+	ctx := context.Background()
+	for _, parent := range []string{"/" + m.name + "/podbad", "/" + m.name + "/a/b/podbad"} {
+		err := m.EnsurePod(ctx, parent, &specs.LinuxResources{CPU: &specs.LinuxCPU{Cpus: "9999"}})
+		if err == nil {
+			t.Fatal("a CPU that does not exist was accepted")
+		}
+		if ok, _ := m.exists("/" + m.name); ok {
+			t.Errorf("%s: the group is left after %v", parent, err)
+		}
+	}
+	if len(m.users) != 0 {
+		t.Errorf("users %v", m.users)
+	}
+	err := m.EnsurePod(ctx, "/"+m.name+"/pod", &specs.LinuxResources{Unified: map[string]string{"memory.high": "1"}})
+	if m.host.Mode != V2 && !errdefs.IsInvalidArgument(err) {
+		t.Errorf("unified limits on v1: %v", err)
+	}
+	cancelled, cancel := context.WithCancel(ctx)
+	cancel()
+	if err := m.EnsurePod(cancelled, "/"+m.name+"/pod", nil); !errors.Is(err, context.Canceled) {
+		t.Errorf("cancelled: %v", err)
+	}
+}
+
+// Pods come and go at once while their common root does too.
+func TestConcurrentPods(t *testing.T) {
+	m := newManager(t)
+	ctx := context.Background()
+	var wg sync.WaitGroup
+	for i := range 8 {
+		wg.Go(func() {
+			parent, _ := m.PodParent("", strconv.Itoa(i))
+			for range 20 {
+				if err := m.EnsurePod(ctx, parent, nil); err != nil {
+					t.Error(err)
+				}
+				g, _ := m.Resolve(parent, "")
+				if err := g.Read(new(Stats), sample.Memory); err != nil {
+					t.Error(err)
+				}
+				if err := m.RemovePod(ctx, parent); err != nil {
+					t.Error(err)
+				}
+			}
+		})
+	}
+	wg.Wait()
+}
+
+// A pod's group that the kubelet made in the controllers that it knows, and
+// not in the others, keeps the kubelet's limits.
+func TestHalfForeign(t *testing.T) {
+	m := newManager(t)
+	if m.host.Mode == V2 {
+		t.Skip("v2 has one hierarchy")
+	}
+	rel := "/" + m.name + "/kubelets"
+	dir := m.host.Mounts["memory"] + rel
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	defer os.Remove(m.host.Mounts["memory"] + "/" + m.name)
+	defer os.Remove(dir)
+	m.name += "other" // so that nothing is ours by its name
+	defer func() { m.name = strings.TrimSuffix(m.name, "other") }()
+	if err := m.EnsurePod(context.Background(), rel, &specs.LinuxResources{Memory: &specs.LinuxMemory{Limit: ptr(int64(64 << 20))}}); err != nil {
+		t.Fatal(err)
+	}
+	g, _ := m.Resolve(rel, "")
+	var s Stats
+	if err := g.Read(&s, sample.Memory|sample.Pids); err != nil || s.Memory.Limit != sample.Unlimited || s.Have&sample.Pids == 0 {
+		t.Errorf("limit %d have %b %v", s.Memory.Limit, s.Have, err)
+	}
+	if err := m.RemovePod(context.Background(), rel); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(dir); err != nil {
+		t.Errorf("the kubelet's group was removed: %v", err)
+	}
+	if _, err := os.Stat(m.host.Mounts["pids"] + rel); !os.IsNotExist(err) {
+		t.Errorf("ours is left: %v", err)
+	}
+}
+
+func FuzzPaths(f *testing.F) {
+	for _, s := range []string{"", "/", "../..", "/kubepods/pod1", "a.slice", "/a.slice/a-b.slice", "-.slice", "/x\x00y"} {
+		f.Add(s, "id1")
+	}
+	host := Host{Mode: V2, Mounts: map[string]string{Unified: "/sys/fs/cgroup"}, SystemdRunning: true}
+	f.Fuzz(func(t *testing.T, parent, id string) {
+		for _, d := range []Driver{CgroupFS, Systemd} {
+			m, err := New(Config{Host: host, Driver: d})
+			if err != nil {
+				t.Fatal(err)
+			}
+			pod, err := m.PodParent(parent, id)
+			if err != nil {
+				continue
+			}
+			if !filepath.IsAbs(pod) || filepath.Clean(pod) != pod || strings.ContainsRune(pod, 0) {
+				t.Errorf("%s: parent %q, id %q give %q", d, parent, id, pod)
+			}
+			if again, err := m.PodParent(pod, id); err != nil || again != pod {
+				t.Errorf("%s: %q becomes %q, %v", d, pod, again, err)
+			}
+			g, err := m.Resolve(pod, id)
+			if err == nil && id != "" && !strings.HasPrefix(g.Path(), "/sys/fs/cgroup/") {
+				t.Errorf("%s: group at %q", d, g.Path())
+			}
+		}
+	})
 }

@@ -96,9 +96,10 @@ type Pool struct {
 	openErr  error
 	poke     chan struct{} // a Get happened; capacity 1
 
-	mu   sync.Mutex
-	sets map[string]*held // by id, warm ones included
-	warm []*held          // oldest first
+	mu     sync.Mutex
+	sets   map[string]*held // by id, warm ones included
+	warm   []*held          // oldest first
+	closed bool             // nothing was left when Run ended
 }
 
 // held is a set whose namespaces this process has open.
@@ -236,9 +237,10 @@ func (p *Pool) close() {
 		}
 	}
 	p.mu.Lock()
-	left := len(p.sets)
+	p.closed = len(p.sets) == 0
+	closed := p.closed
 	p.mu.Unlock()
-	if left > 0 {
+	if !closed {
 		return
 	}
 	if err := p.pins.Close(); err != nil {
@@ -259,7 +261,8 @@ func (p *Pool) discard(ctx context.Context, h *held) error {
 // nothing wanted it returns the zero Set. On an error nothing is left behind.
 //
 // Errors: InvalidArgument for a hostname or sysctl that the kernel refuses and
-// for mappings without User.
+// for mappings without User; ResourceExhausted for the kernel's limits;
+// Unavailable when Run has ended and closed the pool.
 func (p *Pool) Get(ctx context.Context, w Want) (Set, error) {
 	if err := w.check(); err != nil {
 		return Set{}, err
@@ -327,17 +330,31 @@ func (p *Pool) create(w Want) (*held, error) {
 	if err != nil {
 		return nil, err
 	}
-	h := &held{files: files}
 	id := newID()
-	if err := p.pins.Pin(id, files); err != nil {
+	h := &held{set: p.pathSet(id, files), files: files}
+	// Known before it is pinned, or Reconcile would take it for a stale one.
+	if !p.add(h) {
 		closeFiles(files)
-		return nil, errors.Join(fmt.Errorf("pin namespaces %q: %w", id, err), p.pins.Unpin(id))
+		return nil, errClosed()
 	}
-	h.set = p.pathSet(id, files)
-	p.mu.Lock()
-	p.sets[id] = h
-	p.mu.Unlock()
+	if err := p.pins.Pin(id, files); err != nil {
+		return nil, errors.Join(fmt.Errorf("pin namespaces %q: %w", id, err), p.Release(context.Background(), h.set))
+	}
 	return h, nil
+}
+
+// add makes a set known; false after close.
+func (p *Pool) add(h *held) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if !p.closed {
+		p.sets[h.set.ID] = h
+	}
+	return !p.closed
+}
+
+func errClosed() error {
+	return fmt.Errorf("namespace pool is closed: %w", errdefs.ErrUnavailable)
 }
 
 func (p *Pool) pathSet(id string, files map[kind]*os.File) Set {
@@ -364,9 +381,13 @@ func (p *Pool) Release(_ context.Context, s Set) error {
 		return fmt.Errorf("open namespaces directory %q: %w", p.cfg.Dir, err)
 	}
 	p.mu.Lock()
-	h := p.sets[s.ID]
-	delete(p.sets, s.ID)
+	h, closed := p.sets[s.ID], p.closed
 	p.mu.Unlock()
+	if closed {
+		return nil // nothing was left
+	}
+	// Forgotten only when it is gone: Run closes the pool when it knows of none.
+	defer p.forget(s.ID)
 	if h != nil {
 		closeFiles(h.files)
 	}
@@ -374,6 +395,12 @@ func (p *Pool) Release(_ context.Context, s Set) error {
 		return fmt.Errorf("release namespaces %q: %w", s.ID, err)
 	}
 	return nil
+}
+
+func (p *Pool) forget(id string) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	delete(p.sets, id)
 }
 
 // Reconcile makes the world after a restart: the sets in live get valid paths
@@ -433,9 +460,7 @@ func (p *Pool) adopt(id string) error {
 	if len(files) == 0 {
 		return errors.Join(fmt.Errorf("namespaces %q are no longer pinned: %w", id, errdefs.ErrNotFound), p.pins.Unpin(id))
 	}
-	p.mu.Lock()
-	p.sets[id] = &held{set: p.pathSet(id, files), files: files}
-	p.mu.Unlock()
+	p.add(&held{set: p.pathSet(id, files), files: files})
 	return nil
 }
 

@@ -103,23 +103,19 @@ func replace(opts []string, old, with string) []string {
 }
 
 // podFiles are the sandbox's hostname, resolv.conf and /dev/shm. /etc/hosts is
-// kubelet's.
+// kubelet's. None is idmapped: they are on /run, a tmpfs, which can only since
+// Linux 6.3; Prepare gives the files to the container's root instead, and a shm
+// of mode 1777 that starts empty needs nothing.
 func (b *builder) podFiles() []specs.Mount {
 	mode := "rw"
 	if b.sc.GetReadonlyRootfs() {
 		mode = "ro"
 	}
-	maps, _ := UserNamespace(b.sc.GetNamespaceOptions().GetUsernsOptions())
 	var out []specs.Mount
 	file := func(dst, src string) {
-		if src == "" {
-			return
+		if src != "" {
+			out = append(out, specs.Mount{Destination: dst, Type: "bind", Source: src, Options: []string{"rbind", "rprivate", mode}})
 		}
-		m := specs.Mount{Destination: dst, Type: "bind", Source: src, Options: []string{"rbind", "rprivate", mode}}
-		if maps != nil && b.in.Host.IDMappedMounts {
-			m.UIDMappings, m.GIDMappings = maps.UIDs, maps.GIDs
-		}
-		out = append(out, m)
 	}
 	file("/etc/hostname", b.in.Files.Hostname)
 	file("/etc/resolv.conf", b.in.Files.ResolvConf)
@@ -129,8 +125,6 @@ func (b *builder) podFiles() []specs.Mount {
 		shm = hostShm
 	}
 	if shm != "" {
-		// Not idmapped: tmpfs can only since 6.3, and a shm of mode 1777 that
-		// starts empty needs it not.
 		out = append(out, specs.Mount{Destination: "/dev/shm", Type: "bind", Source: shm,
 			Options: []string{"rbind", "rprivate", "rw", "nosuid", "nodev", "noexec"}})
 	}

@@ -18,8 +18,9 @@ import (
 // Prepare does on the host what the spec takes for granted; call it before
 // [Container], with the rootfs mounted. It creates host paths of mounts that
 // do not exist yet as directories (mode 0755, as containerd does and kubelet
-// relies on), and fills the anonymous volumes of the image below VolumeDir.
-// It may be repeated. The caller removes VolumeDir with the container; host
+// relies on), fills the anonymous volumes of the image below VolumeDir, and
+// gives the pod's files to the root of the pod's user namespace. It may be
+// repeated. The caller removes VolumeDir with the container; host
 // paths stay, they belong to the user.
 //
 // Errors: those of the file system, with the path.
@@ -31,6 +32,11 @@ func Prepare(ctx context.Context, in Input) error {
 		}
 		if err := createHostPath(host); err != nil {
 			return fmt.Errorf("create mounts[%d].host_path %q: %w", i, host, err)
+		}
+	}
+	for _, f := range []string{in.Files.Hostname, in.Files.ResolvConf} {
+		if err := ownByPod(in, f); err != nil && !errors.Is(err, iofs.ErrNotExist) {
+			return fmt.Errorf("give %q to the container's root: %w", f, err)
 		}
 	}
 	for _, v := range imageVolumes(in) {
@@ -79,7 +85,7 @@ func fillVolume(in Input, v imageVolume) error {
 	st, err := os.Stat(from)
 	switch {
 	case errors.Is(err, iofs.ErrNotExist):
-		err = ownVolume(in, tmp)
+		err = ownByPod(in, tmp)
 	case err == nil && st.IsDir():
 		err = fs.CopyDir(tmp, from, fs.WithXAttrExclude("security.selinux"))
 	}
@@ -89,13 +95,13 @@ func fillVolume(in Input, v imageVolume) error {
 	return os.Rename(tmp, v.src)
 }
 
-// ownVolume gives an empty volume to the container's root.
-func ownVolume(in Input, dir string) error {
+// ownByPod gives path to the root of the pod's user namespace, if it has one.
+func ownByPod(in Input, path string) error {
 	maps, err := UserNamespace(in.Sandbox.GetLinux().GetSecurityContext().GetNamespaceOptions().GetUsernsOptions())
-	if err != nil || maps == nil {
+	if err != nil || maps == nil || path == "" {
 		return err
 	}
-	return os.Chown(dir, int(maps.UIDs[0].HostID), int(maps.GIDs[0].HostID))
+	return os.Lchown(path, int(maps.UIDs[0].HostID), int(maps.GIDs[0].HostID))
 }
 
 // Relabel gives the container's SELinux label to the host paths of mounts with

@@ -112,9 +112,6 @@ func (b *builder) apparmor() error {
 		b.spec.Process.ApparmorProfile = b.in.Host.AppArmorDefault
 		return nil
 	}
-	if b.sc.GetPrivileged() && b.sc.GetApparmor() == nil {
-		return nil
-	}
 	name := strings.TrimPrefix(p.GetLocalhostRef(), "localhost/")
 	loaded, err := b.kernel.AppArmorProfiles()
 	if err != nil {

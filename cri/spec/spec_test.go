@@ -372,9 +372,6 @@ func TestContainer(t *testing.T) {
 			},
 			func(s *specs.Spec) {
 				ns(s, mount, net, ipc, uts, pid, specs.LinuxNamespace{Type: specs.UserNamespace, Path: "/ns/user"})
-				for i := 6; i < 8; i++ {
-					s.Mounts[i].UIDMappings, s.Mounts[i].GIDMappings = ociMap, ociMap
-				}
 				m := bind("/data", "/h", "rprivate", "rw")
 				m.UIDMappings, m.GIDMappings = ociMap, ociMap
 				insert(s, "/etc/hostname", m)

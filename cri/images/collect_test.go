@@ -10,6 +10,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/containerd/errdefs"
 
@@ -331,4 +332,72 @@ func TestOrphansAreCollected(t *testing.T) {
 	if after := f.leftovers(); !slices.Equal(after, before) {
 		t.Errorf("left %v\nwant %v", after, before)
 	}
+}
+
+// Pulling what is there already asks the registry and writes nothing.
+func TestPullAgainWritesNothing(t *testing.T) {
+	f := setup(t)
+	ref := f.push("a:v1", small(t, "x"))
+	img := f.pull(ref)
+	f.gc()
+	stamps := func() (out []time.Time) {
+		for _, name := range []string{"metadata.db", "snapshots/metadata.db", "state.json"} {
+			st, err := os.Stat(filepath.Join(f.root, "images", name))
+			if err != nil {
+				t.Fatal(err)
+			}
+			out = append(out, st.ModTime())
+		}
+		return out
+	}
+	f.eventually("layers are synced", func() bool {
+		f.store.state.mu.Lock()
+		defer f.store.state.mu.Unlock()
+		return len(f.store.state.rec.Unsynced) == 0
+	})
+	f.gc()
+	before, fetched := stamps(), f.reg.Requests("GET", "")
+	for _, r := range []string{ref, img.RepoDigests[0]} {
+		if again := f.pull(r); again.ID != img.ID {
+			t.Errorf("pulled %s", again.ID)
+		}
+	}
+	if after := stamps(); !slices.Equal(before, after) {
+		t.Errorf("written at %v, before at %v", after, before)
+	}
+	if n := f.reg.Requests("GET", ""); n != fetched {
+		t.Errorf("%d more GETs", n-fetched)
+	}
+}
+
+// Torn layers whose blobs are gone cannot be unpacked: the image is forgotten,
+// so that it is pulled again.
+func TestTornImageWithoutBlobsIsForgotten(t *testing.T) {
+	f := setup(t)
+	img := small(t, "x")
+	ref := f.push("a:v1", img)
+	f.pull(ref)
+	f.eventually("layers are synced", func() bool {
+		f.store.state.mu.Lock()
+		defer f.store.state.mu.Unlock()
+		return len(f.store.state.rec.Unsynced) == 0
+	})
+	if err := f.store.state.unsynced(img.ID()); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.store.content.Delete(f.store.life, img.Layers[0].Desc.Digest); err != nil {
+		t.Fatal(err)
+	}
+	f.close()
+	boot := filepath.Join(f.root, "boot_id")
+	if err := os.WriteFile(boot, []byte("next"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	f.open(func(c *Config) { c.BootIDPath = boot })
+	if err := f.store.Restore(nil); err != nil {
+		t.Fatal(err)
+	}
+	f.gone(ref)
+	f.pull(ref)
+	f.layers(img.ID())
 }

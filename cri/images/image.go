@@ -46,6 +46,8 @@ type Image struct {
 	Manifest ocispec.Descriptor
 	// Annotations of the manifest.
 	Annotations map[string]string
+
+	layers []ocispec.Descriptor // as distributed, the lowest first
 }
 
 // entry is what the index keeps of an image: all but its names.
@@ -102,6 +104,7 @@ func readImage(ctx context.Context, cs content.Provider, target ocispec.Descript
 		Size:        uint64(desc.Size + manifest.Config.Size),
 		Manifest:    desc,
 		Annotations: manifest.Annotations,
+		layers:      manifest.Layers,
 	}
 	if err := json.Unmarshal(raw, &img.Config); err != nil {
 		return Image{}, fmt.Errorf("parse image config %s: %w", manifest.Config.Digest, err)

@@ -68,10 +68,11 @@ func (s *Store) Import(ctx context.Context, path string, opts ImportOptions) ([]
 		}
 		report := newReporter(path)
 		report.add(0, opts.Progress)
-		img, err := s.acquire(ctx, path, report, func(context.Context) (source, error) {
-			names, err := importNames(f, opts.Name)
-			return source{target: f.desc, names: names, fetcher: f.fetcher}, err
-		})
+		names, err := importNames(f, opts.Name)
+		if err != nil {
+			return out, fmt.Errorf("import %q: image %s: %w", path, f.desc.Digest, err)
+		}
+		img, err := s.acquire(ctx, source{target: f.desc, names: names, fetcher: f.fetcher}, report)
 		if err != nil {
 			return out, fmt.Errorf("import %q: image %s: %w", path, f.desc.Digest, explain(ctx, err))
 		}

@@ -11,6 +11,7 @@ import (
 
 	ctdimages "github.com/containerd/containerd/v2/core/images"
 	"github.com/containerd/containerd/v2/core/leases"
+	"github.com/containerd/containerd/v2/core/remotes"
 	"github.com/containerd/containerd/v2/core/remotes/docker"
 	remoteserrors "github.com/containerd/containerd/v2/core/remotes/errors"
 	"github.com/containerd/errdefs"
@@ -133,20 +134,11 @@ func (s *Store) pull(ctx context.Context, cancel context.CancelCauseFunc, named 
 		Hosts:   s.registryHosts(ctx, auth, reference.Domain(named), dog),
 		Headers: http.Header{"User-Agent": []string{s.cfg.UserAgent}},
 	})
-	img, err := s.acquire(ctx, named.String(), report, func(ctx context.Context) (source, error) {
-		_, target, err := resolver.Resolve(ctx, named.String())
-		if err != nil {
-			return source{}, fmt.Errorf("resolve: %w", err)
-		}
-		if d, ok := named.(reference.Digested); ok && d.Digest() != target.Digest {
-			return source{}, fmt.Errorf("resolve: the registry answers with %s: %w", target.Digest, errdefs.ErrDataLoss)
-		}
-		fetcher, err := resolver.Fetcher(ctx, named.String())
-		if err != nil {
-			return source{}, fmt.Errorf("resolve: %w", err)
-		}
-		return source{target: target, names: namesFor(named, target.Digest), fetcher: remoteBlobs{fetcher}}, nil
-	})
+	src, err := resolve(ctx, resolver, named)
+	if err != nil {
+		return Image{}, fmt.Errorf("pull image %q: resolve: %w", named.String(), explain(ctx, err))
+	}
+	img, err := s.acquire(ctx, src, report)
 	if err != nil {
 		return Image{}, fmt.Errorf("pull image %q: %w", named.String(), explain(ctx, err))
 	}
@@ -161,10 +153,49 @@ type source struct {
 	fetcher blobSource
 }
 
-// acquire brings an image into the store under a lease: find, fetch and unpack
-// it, then make the records and drop the lease in one transaction. On failure
-// the lease keeps what has arrived for a while.
-func (s *Store) acquire(ctx context.Context, what string, report *reporter, find func(context.Context) (source, error)) (_ Image, err error) {
+// resolve asks the registry (or a mirror) what a name stands for.
+func resolve(ctx context.Context, resolver remotes.Resolver, named reference.Named) (source, error) {
+	_, target, err := resolver.Resolve(ctx, named.String())
+	if err != nil {
+		return source{}, err
+	}
+	if d, ok := named.(reference.Digested); ok && d.Digest() != target.Digest {
+		return source{}, fmt.Errorf("the registry answers with %s: %w", target.Digest, errdefs.ErrDataLoss)
+	}
+	if err := checkChildren(ocispec.Descriptor{MediaType: "name", Digest: target.Digest}, []ocispec.Descriptor{target}); err != nil {
+		return source{}, err
+	}
+	fetcher, err := resolver.Fetcher(ctx, named.String())
+	if err != nil {
+		return source{}, err
+	}
+	return source{target: target, names: namesFor(named, target.Digest), fetcher: remoteBlobs{fetcher}}, nil
+}
+
+// present finds an image that has all of src's names already, pointing to just
+// this target: the usual outcome of pulling again. Nothing is to be done then.
+func (s *Store) present(src source) (Image, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var e *entry
+	for _, name := range src.names {
+		if e = s.byID[s.byRef[name]]; e == nil || e.refs[name] != src.target.Digest.String() {
+			return Image{}, false
+		}
+	}
+	if e == nil {
+		return Image{}, false
+	}
+	return e.view(s.pinned), true
+}
+
+// acquire brings an image into the store under a lease: fetch and unpack it,
+// then make the records and drop the lease in one transaction. On failure the
+// lease keeps what has arrived for a while.
+func (s *Store) acquire(ctx context.Context, src source, report *reporter) (_ Image, err error) {
+	if img, ok := s.present(src); ok {
+		return img, nil
+	}
 	lease := leases.Lease{ID: "pull-" + rand.Text()}
 	if _, err := s.leases.Create(ctx, leases.WithID(lease.ID)); err != nil {
 		return Image{}, fmt.Errorf("create lease: %w", err)
@@ -175,10 +206,6 @@ func (s *Store) acquire(ctx context.Context, what string, report *reporter, find
 			s.abandon(lease, err)
 		}
 	}()
-	src, err := find(ctx)
-	if err != nil {
-		return Image{}, err
-	}
 	if err := s.fetchAndUnpack(ctx, src, report); err != nil {
 		return Image{}, err
 	}
@@ -204,7 +231,6 @@ func (s *Store) acquire(ctx context.Context, what string, report *reporter, find
 	}); err != nil {
 		return Image{}, fmt.Errorf("record image: %w", err)
 	}
-	s.askSync(img.ID)
 	s.askCollect()
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -290,11 +316,16 @@ func statusClass(code int) error {
 	return errdefs.ErrUnavailable
 }
 
-// keepLayers makes the persistent GC root of an image's layers.
+// keepLayers makes the persistent GC root of an image's layers, and has them
+// synced, unless both are done since an earlier pull.
 func (s *Store) keepLayers(ctx context.Context, img Image) error {
 	if img.ChainID == "" {
 		return nil
 	}
+	if _, err := s.sn.Stat(ctx, viewName(img.ID)); err == nil {
+		return nil
+	}
+	defer s.askSync(img.ID)
 	if err := s.state.unsynced(img.ID); err != nil {
 		return err
 	}

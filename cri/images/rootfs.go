@@ -188,7 +188,6 @@ func (s *Store) unpackAgain(ctx context.Context, e *entry) error {
 		s.abandon(lease, err)
 		return fmt.Errorf("unpack again: %w", err)
 	}
-	s.askSync(e.image.ID)
 	return s.leases.Delete(context.WithoutCancel(ctx), lease)
 }
 

@@ -312,11 +312,37 @@ func (s *Store) dropTorn() error {
 			if err := s.dropLayers(e.image); err != nil {
 				return fmt.Errorf("drop unsynced layers of image %q: %w", id, err)
 			}
+			if err := s.dropIncomplete(e); err != nil {
+				return fmt.Errorf("drop image %q: %w", id, err)
+			}
 			s.log.Warn("layers of image were not synced before the last boot ended, unpacking again", "image", id)
 		}
 		if err := s.state.synced(id); err != nil {
 			return err
 		}
+	}
+	return nil
+}
+
+// dropIncomplete forgets an image if not all of its blobs are there to unpack
+// it again: when its layers were there from an earlier pull, they were not
+// fetched. It has to be pulled once more.
+func (s *Store) dropIncomplete(e *entry) error {
+	for _, l := range e.image.layers {
+		_, err := s.content.Info(s.life, l.Digest)
+		if err == nil {
+			continue
+		}
+		if !errdefs.IsNotFound(err) {
+			return err
+		}
+		for _, name := range keys(e.refs) {
+			if err := s.records.Delete(s.life, name); err != nil && !errdefs.IsNotFound(err) {
+				return err
+			}
+			s.unindex(name)
+		}
+		return nil
 	}
 	return nil
 }

@@ -376,8 +376,9 @@ func exitRecord(e ProcessExit) *store.Exit {
 	return x
 }
 
-// afterExit makes the exit durable here, then lets the shim clean up what the
-// container left: processes in its cgroup, the cgroup, FIFOs.
+// afterExit records the exit and lets the shim clean up what the container
+// left: processes in its cgroup, the cgroup, FIFOs. The shim has the exit on
+// disk and keeps it until it is told to forget, so nothing has to be synced.
 func (s *Server) afterExit(c *container) {
 	ctx, cancel := context.WithTimeout(s.life, undoTimeout)
 	defer cancel()
@@ -393,9 +394,8 @@ func (s *Server) afterExit(c *container) {
 		return
 	}
 	s.phase(ctx, "Exit/seen", c.id)
-	if err := s.db.PutContainer(rec, nil); err != nil {
+	if err := s.db.PutContainerLazy(rec); err != nil {
 		s.log.Error("cannot record an exit; the shim keeps it", "container", c.id, "err", err)
-		return
 	}
 	s.phase(ctx, "Exit/recorded", c.id)
 	if _, err := s.cfg.Runtime.Delete(ctx, c.id); err != nil && !errdefs.IsNotFound(err) && !errors.Is(err, context.Canceled) {

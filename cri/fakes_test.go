@@ -279,8 +279,9 @@ func (w *world) exit(id string, code, signal int) {
 func (w fakeRuntime) Signal(ctx context.Context, id string, sig syscall.Signal, all bool) error {
 	w.mu.Lock()
 	p := w.procs[id]
+	gone := p == nil || p.Exit != nil
 	w.mu.Unlock()
-	if p == nil || p.Exit != nil {
+	if gone {
 		return fmt.Errorf("signal %s: %w", id, errdefs.ErrNotFound)
 	}
 	if sig == syscall.SIGKILL || sig == syscall.SIGTERM {

@@ -94,12 +94,12 @@ func TestRollback(t *testing.T) {
 				}
 				break
 			}
+			s.sandboxNames.wait()
+			s.containerNames.wait()
 			name := w.calls[base+k-1]
 			if mode == "fail" && !errors.Is(err, errInjected) || mode == "cancel" && !errors.Is(err, context.Canceled) {
 				t.Errorf("%s at %s: error is %v", mode, name, err)
 			}
-			s.sandboxNames.wait()
-			s.containerNames.wait()
 			if pod == nil {
 				if got := append(w.holding(), leftovers(t, s)...); len(got) > 0 {
 					t.Errorf("%s at %s: left over %v", mode, name, got)

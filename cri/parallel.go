@@ -10,6 +10,9 @@ import (
 // parallel runs all functions at once and returns when all have. The first
 // error cancels the context of the others; panics become errors.
 func parallel(ctx context.Context, log *slog.Logger, what string, fns ...func(context.Context) error) error {
+	if len(fns) == 0 {
+		return nil
+	}
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	errs := make([]error, len(fns))

@@ -49,10 +49,8 @@ func (s *Server) stopSandboxLocked(ctx context.Context, b *sandbox) error {
 	for _, c := range b.members() {
 		kills = append(kills, func(ctx context.Context) error { return s.killContainer(ctx, c) })
 	}
-	if len(kills) > 0 {
-		if err := parallel(ctx, s.log, "stop sandbox", kills...); err != nil {
-			return err
-		}
+	if err := parallel(ctx, s.log, "stop sandbox", kills...); err != nil {
+		return err
 	}
 	s.phase(ctx, "StopPodSandbox/killed", b.id)
 	rec := b.record()
@@ -125,11 +123,11 @@ func (s *Server) removeSandboxLocked(ctx context.Context, b *sandbox) error {
 	if err := s.stopSandboxLocked(ctx, b); err != nil {
 		return err
 	}
-	var errs []error
+	var removals []func(context.Context) error
 	for _, c := range b.members() {
-		errs = append(errs, s.removeContainerInSandbox(ctx, c))
+		removals = append(removals, func(ctx context.Context) error { return s.removeContainerInSandbox(ctx, c) })
 	}
-	if err := errors.Join(errs...); err != nil {
+	if err := parallel(ctx, s.log, "remove sandbox", removals...); err != nil {
 		return err
 	}
 	s.phase(ctx, "RemovePodSandbox/containers", b.id)

@@ -174,7 +174,12 @@ func (m *Manager) Setup(ctx context.Context, req Request) (Result, error) {
 }
 
 func (m *Manager) setupBuiltin(ctx context.Context, req Request) (Result, error) {
+	bw, err := req.bandwidth()
+	if err != nil {
+		return Result{}, err
+	}
 	a := req.attachment()
+	a.Ingress, a.Egress = bw.IngressRate, bw.EgressRate
 	got, err := m.builtin.Attach(ctx, a)
 	if err != nil {
 		return Result{}, err

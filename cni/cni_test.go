@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/netip"
@@ -13,6 +14,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/nodeagent/nodeagent/cni/lab"
@@ -137,6 +139,66 @@ func TestBuiltinThroughManager(t *testing.T) {
 		t.Error(err)
 	}
 	f.empty()
+}
+
+// TestBandwidth sends more than the burst through limits of 8 Mbit/s each way.
+func TestBandwidth(t *testing.T) {
+	f := newFixture(t, nil)
+	req, other := f.request(), f.request()
+	req.Annotations = map[string]string{ingressBandwidth: "8M", egressBandwidth: "8M"}
+	res, ores := f.setup(req), f.setup(other)
+	const size = 500_000 // bytes: 128 KiB at once, the rest in 0.37 s
+	for _, c := range []struct {
+		what     string
+		from, to Request
+		at       netip.Addr
+	}{{"ingress", other, req, res.IPs[0]}, {"egress", req, other, ores.IPs[0]}} {
+		took := f.transfer(c.from.Netns, c.to.Netns, netip.AddrPortFrom(c.at, 7), size)
+		if took < 250*time.Millisecond || took > 5*time.Second {
+			t.Errorf("%s: %d bytes took %s", c.what, size, took)
+		}
+	}
+	bad := f.request()
+	bad.Annotations = map[string]string{ingressBandwidth: "fast"}
+	if _, err := f.m.Setup(context.Background(), bad); !errors.Is(err, errdefs.ErrInvalidArgument) || !strings.Contains(err.Error(), ingressBandwidth) {
+		t.Errorf("error %v", err)
+	}
+}
+
+// transfer sends size bytes over TCP and returns the time until the last one was read.
+func (f *fixture) transfer(from, to string, at netip.AddrPort, size int64) time.Duration {
+	f.t.Helper()
+	var ln net.Listener
+	f.In(to, func() (err error) {
+		ln, err = net.Listen("tcp", at.String())
+		return err
+	})
+	defer ln.Close()
+	done := make(chan int64, 1)
+	go func() {
+		c, err := ln.Accept()
+		if err != nil {
+			done <- -1
+			return
+		}
+		defer c.Close()
+		n, _ := io.Copy(io.Discard, c)
+		done <- n
+	}()
+	var c net.Conn
+	f.In(from, func() (err error) {
+		c, err = net.DialTimeout("tcp", at.String(), time.Second)
+		return err
+	})
+	start := time.Now()
+	if _, err := c.Write(make([]byte, size)); err != nil {
+		f.t.Error(err)
+	}
+	c.Close()
+	if n := <-done; n != size {
+		f.t.Errorf("%d bytes arrived", n)
+	}
+	return time.Since(start)
 }
 
 // empty checks that nothing is left on the node but its loopback.

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"net/netip"
+	"time"
 
 	"github.com/containerd/errdefs"
 	"github.com/nodeagent/nodeagent/cni/ipam"
@@ -53,6 +54,9 @@ func (n *Network) Attach(ctx context.Context, a Attachment) (_ Attached, err err
 			return Attached{}, err
 		}
 	}
+	if err := n.limit(a, w); err != nil {
+		return Attached{}, err
+	}
 	if n.cfg.BeforeUp != nil {
 		if err := n.cfg.BeforeUp(ctx, a.SandboxID, w.hostIndex, ips); err != nil {
 			return Attached{}, fmt.Errorf("prepare link %s before it goes up: %w", w.Name, err)
@@ -97,6 +101,28 @@ func (n *Network) addresses(node *node, a Attachment, w *wired, steps *undo) ([]
 	return ips[:1], n.pool.Release(n.cfg.Name, a.SandboxID, ips[1])
 }
 
+// limit puts the pod's bandwidth limits in place: each on the sending end of the pair.
+func (n *Network) limit(a Attachment, w *wired) error {
+	for _, l := range []struct {
+		bits  uint64
+		conn  *rtnl.Conn
+		index int
+		what  string
+	}{{a.Ingress, n.rt, w.hostIndex, "limit what the pod receives"}, {a.Egress, w.pod, w.podIndex, "limit what the pod sends"}} {
+		if l.bits == 0 {
+			continue
+		}
+		rate := max(l.bits/8, 1)
+		burst := max(rate/20, 128<<10) // 50 ms, and at least two of the largest packets that segmentation offload makes
+		var b rtnl.Batch
+		b.Shape(l.index, rate, burst, burst+rate/10, l.what)
+		if err := l.conn.Do(&b); err != nil {
+			return fmt.Errorf("%w (needs the kernel's sch_tbf): %w", err, errdefs.ErrFailedPrecondition)
+		}
+	}
+	return nil
+}
+
 // connect sets the host's end up, which lets packets pass, and adds the routes.
 func (n *Network) connect(node *node, a Attachment, w *wired, ips []netip.Addr) error {
 	var b rtnl.Batch
@@ -111,7 +137,24 @@ func (n *Network) connect(node *node, a Attachment, w *wired, ips []netip.Addr) 
 			b.AddRoute(loopbackRoute(w.hostIndex), "add route of answers to ::1")
 		}
 	}
-	return n.rt.Do(&b)
+	if err := n.rt.Do(&b); err != nil {
+		return err
+	}
+	return w.ready()
+}
+
+// ready waits until the pod's end can send. It got its carrier when the host's end went up, but drops everything until
+// the kernel's link watch, a worker, has seen that; only then is it "operationally up". From kernel 6.14 asking
+// for the link makes the kernel catch up first, so one question is enough (commit "net: ethtool/rtnetlink: synchronize
+// carrier state with link watch"); before, it may take a moment, at most a second.
+func (w *wired) ready() error {
+	const operUp = 6
+	for deadline := time.Now().Add(time.Second); ; time.Sleep(200 * time.Microsecond) {
+		link, err := w.pod.LinkByIndex(w.podIndex)
+		if err != nil || link.Oper == operUp || time.Now().After(deadline) {
+			return err
+		}
+	}
 }
 
 func (n *Network) podRoute(node *node, link int, ip netip.Addr) rtnl.Route {

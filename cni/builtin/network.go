@@ -253,6 +253,8 @@ type Attachment struct {
 	// Key names the pair: the host end's name is made of it. It is known at Attach and Detach alike.
 	Key   string
 	Ports []nat.Port
+	// Ingress and Egress limit what the pod receives and sends, in bits per second; 0: no limit.
+	Ingress, Egress uint64
 }
 
 func (a Attachment) ifName() string {

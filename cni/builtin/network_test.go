@@ -486,3 +486,33 @@ func TestConfigFaultsAreReportedTogether(t *testing.T) {
 		}
 	}
 }
+
+// TestFirstPacket: what the pod sends right after Attach is not lost.
+func TestFirstPacket(t *testing.T) {
+	l := lab.New(t)
+	n := newNetwork(t, l, nil)
+	slow := 0
+	for i := range 20 {
+		p := newPod(t, l, n, fmt.Sprint("p", i))
+		var ln net.Listener
+		lab.In(t, p.Netns, func() (err error) {
+			ln, err = net.Listen("tcp", p.at(0, 7))
+			return err
+		})
+		start := time.Now()
+		lab.In(t, l.Node, func() error {
+			c, err := net.DialTimeout("tcp", p.at(0, 7), 5*time.Second)
+			if err == nil {
+				c.Close()
+			}
+			return err
+		})
+		if time.Since(start) > 500*time.Millisecond {
+			slow++ // the answer came only after a retransmission
+		}
+		ln.Close()
+	}
+	if slow > 0 {
+		t.Errorf("%d of 20 first answers were lost", slow)
+	}
+}

@@ -44,6 +44,10 @@ type Conf struct {
 	RuntimeConfig struct {
 		PortMappings []PortMapping `json:"portMappings"`
 		IPRanges     [][]IPRange   `json:"ipRanges"`
+		Bandwidth    struct {
+			IngressRate uint64 `json:"ingressRate"` // bits per second
+			EgressRate  uint64 `json:"egressRate"`
+		} `json:"bandwidth"`
 	} `json:"runtimeConfig"`
 }
 
@@ -255,6 +259,7 @@ func (p Plugin) add(ctx context.Context, args *skel.CmdArgs) (*types100.Result, 
 	if a.Ports, err = c.ports(); err != nil {
 		return nil, "", err
 	}
+	a.Ingress, a.Egress = c.RuntimeConfig.Bandwidth.IngressRate, c.RuntimeConfig.Bandwidth.EgressRate
 	got, err := n.Attach(ctx, a)
 	if err != nil {
 		return nil, "", err

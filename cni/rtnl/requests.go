@@ -2,6 +2,7 @@ package rtnl
 
 import (
 	"encoding/binary"
+	"math"
 	"net"
 	"net/netip"
 
@@ -110,6 +111,33 @@ func (b *Batch) DelGroup(group uint32) {
 func (b *Batch) DelLink(index int) {
 	b.Begin(unix.RTM_DELLINK, 0, "delete link", unix.ENODEV)
 	b.link(index, 0, 0)
+}
+
+// Shape puts a token bucket on what leaves by link index: rate in bytes per second, burst and queue in bytes.
+// Kernel 3.14 or newer with sch_tbf.
+func (b *Batch) Shape(index int, rate, burst, queue uint64, what string) {
+	const (
+		tcaTBFParms, tcaTBFRate64, tcaTBFBurst = 1, 4, 6
+		rootHandle                             = 0xffffffff
+	)
+	b.Begin(unix.RTM_NEWQDISC, unix.NLM_F_CREATE|unix.NLM_F_REPLACE, what)
+	h := make([]byte, 20) // struct tcmsg
+	binary.NativeEndian.PutUint32(h[4:], uint32(index))
+	binary.NativeEndian.PutUint32(h[8:], 0x00010000)
+	binary.NativeEndian.PutUint32(h[12:], rootHandle)
+	b.Raw(h...)
+	b.Attr(unix.TCA_KIND, []byte("tbf\x00"))
+	done := b.Nest(unix.TCA_OPTIONS)
+	p := make([]byte, 36) // struct tc_tbf_qopt
+	p[1] = 1              // rate.linklayer: Ethernet
+	binary.NativeEndian.PutUint32(p[8:], uint32(min(rate, math.MaxUint32)))
+	binary.NativeEndian.PutUint32(p[24:], uint32(min(queue, math.MaxUint32)))
+	b.Attr(tcaTBFParms, p)
+	b.U32(tcaTBFBurst, uint32(min(burst, math.MaxUint32)))
+	if rate > math.MaxUint32 {
+		b.Attr(tcaTBFRate64, binary.NativeEndian.AppendUint64(nil, rate))
+	}
+	done()
 }
 
 // AddAddr puts addr on link index, at once usable (no duplicate address detection).
@@ -256,6 +284,10 @@ func decodeLink(body []byte) (Link, bool) {
 			l.Group = u32()
 		case unix.IFLA_MTU:
 			l.MTU = int(u32())
+		case unix.IFLA_OPERSTATE:
+			if len(data) > 0 {
+				l.Oper = data[0]
+			}
 		case unix.IFLA_ADDRESS:
 			l.MAC = append(net.HardwareAddr(nil), data...)
 		case unix.IFLA_LINK_NETNSID:
@@ -273,10 +305,21 @@ func decodeLink(body []byte) (Link, bool) {
 
 // LinkByName looks one link up. Errors: an *Error with ENODEV if there is none.
 func (c *Conn) LinkByName(name string) (Link, error) {
+	return c.linkOf(0, name, "look up link "+name)
+}
+
+// LinkByIndex looks one link up. Errors: an *Error with ENODEV if there is none.
+func (c *Conn) LinkByIndex(index int) (Link, error) {
+	return c.linkOf(index, "", "look up link")
+}
+
+func (c *Conn) linkOf(index int, name, what string) (Link, error) {
 	var b Batch
-	b.Begin(unix.RTM_GETLINK, 0, "look up link "+name)
-	b.link(0, 0, 0)
-	b.Str(unix.IFLA_IFNAME, name)
+	b.Begin(unix.RTM_GETLINK, 0, what)
+	b.link(index, 0, 0)
+	if name != "" {
+		b.Str(unix.IFLA_IFNAME, name)
+	}
 	b.U32(unix.IFLA_EXT_MASK, 1<<3) // RTEXT_FILTER_SKIP_STATS
 	var found Link
 	err := c.query(&b, false, func(typ uint16, body []byte) {

@@ -257,6 +257,7 @@ type Link struct {
 	Group  uint32
 	MTU    int
 	Flags  uint32 // IFF_*
+	Oper   uint8  // IF_OPER_*, 6 is up
 	MAC    net.HardwareAddr
 	PeerNS int // id of the peer's namespace as seen from here, -1: the same or gone
 }

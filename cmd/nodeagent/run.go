@@ -7,6 +7,7 @@ import (
 	"path/filepath"
 	"strings"
 
+	"github.com/nodeagent/nodeagent/cmd/nodeagent/internal/probe"
 	"github.com/nodeagent/nodeagent/config"
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -29,6 +30,9 @@ for as long as the CRI answers.`,
 			}
 			if os.Geteuid() != 0 {
 				return errors.New("the daemon needs root: start it with sudo or as a systemd service")
+			}
+			if err := probe.OwnRoot(); err != nil {
+				return err
 			}
 			release, err := claim(cfg)
 			if err != nil {

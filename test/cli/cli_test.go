@@ -193,6 +193,26 @@ func TestSupervision(t *testing.T) {
 	expect("STOPPING=1")
 }
 
+// TestRefusesAChroot: there, an exec would leave the container.
+func TestRefusesAChroot(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root")
+	}
+	binary, err := node.Binary()
+	if err != nil {
+		t.Skip(err)
+	}
+	root := t.TempDir()
+	if out, err := exec.Command("cp", binary, root+"/nodeagent").CombinedOutput(); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	script := `mkdir -p $0/proc && mount --bind $0 $0 && mount -t proc proc $0/proc && exec chroot $0 /nodeagent run`
+	out, err := exec.Command("unshare", "-m", "--propagation", "private", "sh", "-c", script, root).CombinedOutput()
+	if err == nil || !strings.Contains(string(out), "runs in a chroot") {
+		t.Errorf("%v: %s", err, out)
+	}
+}
+
 func TestMetrics(t *testing.T) {
 	free, err := net.Listen("tcp", "127.0.0.1:0")
 	if err != nil {

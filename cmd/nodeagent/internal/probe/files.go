@@ -8,6 +8,39 @@ import (
 	"golang.org/x/sys/unix"
 )
 
+// OwnRoot checks that this process's root directory is that of its mount
+// namespace, and not one below it as after chroot(2). pivot_root(2) leaves the
+// namespace's root as it is then, so whoever joins a container's namespace, as
+// an exec does, would find the host's files there.
+func OwnRoot() error {
+	return onThread(func() error {
+		var own, namespace unix.Stat_t
+		if err := unix.Stat("/", &own); err != nil {
+			return fmt.Errorf("look at the root directory: %w", err)
+		}
+		ns, err := os.Open("/proc/thread-self/ns/mnt")
+		if err != nil {
+			return err
+		}
+		defer ns.Close()
+		if err := unix.Unshare(unix.CLONE_FS); err != nil {
+			return fmt.Errorf("unshare the root directory: %w", err)
+		}
+		if err := unix.Setns(int(ns.Fd()), unix.CLONE_NEWNS); err != nil {
+			return fmt.Errorf("join the mount namespace: %w", err)
+		}
+		if err := unix.Stat("/", &namespace); err != nil {
+			return fmt.Errorf("look at the namespace's root directory: %w", err)
+		}
+		if own.Dev != namespace.Dev || own.Ino != namespace.Ino {
+			return errMissing("this process runs in a chroot; containers need it to run at the root of a mount namespace")
+		}
+		return nil
+	})
+}
+
+func ownRoot(Options) (string, error) { return "that of the mount namespace", OwnRoot() }
+
 func overlay(o Options) (string, error) {
 	return "on " + o.Dir, inScratch(o.Dir, func(dir string) error { return mountOverlay(dir, dir+"/lower", "") })
 }

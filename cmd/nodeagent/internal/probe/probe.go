@@ -84,6 +84,7 @@ func table() []probe {
 		{"cgroups", "cpu, memory, pids", true, "limits of pods and containers", requiredControllers},
 		{"cgroups", "cpuset, io, hugetlb", false, "pinning to CPUs, disk weights, huge page limits (those of the missing ones)", optionalControllers},
 
+		{"files", "root directory", true, "programs that exec starts in a container would see the host's files", ownRoot},
 		{"files", "overlayfs", true, "images cannot be used as root file systems", overlay},
 		{"files", "overlayfs volatile", false, "unmounting a container syncs its writable layer to disk", overlayVolatile},
 		{"files", "overlayfs on idmapped layers", false, "pods with user namespaces get copied layers or are refused", overlayIDMap},

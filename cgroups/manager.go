@@ -41,7 +41,8 @@ type Manager struct {
 	log    *slog.Logger
 	pages  []string // huge page sizes of the host, "2MB"
 
-	watcher watcher
+	watcher   watcher
+	expecting expecting
 
 	mu    sync.Mutex
 	users map[string]int // pods of this process that use a group, by its path

@@ -55,6 +55,7 @@ func (s *Server) makeContainer(ctx context.Context, b *sandbox, config *runtimea
 	}
 	id := newID()
 	s.phase(ctx, "CreateContainer/begin", id)
+	s.cfg.Cgroups.ExpectProcess()
 	rec, err := s.newContainerRecord(id, b.record(), config, image)
 	if err != nil {
 		return made{}, err

@@ -160,6 +160,9 @@ type Cgroups interface {
 	UpdatePod(ctx context.Context, parent string, res *specs.LinuxResources) error
 	// RemovePod removes the group if we made it. Idempotent.
 	RemovePod(ctx context.Context, parent string) error
+	// ExpectProcess says that a process will soon be put into a group. It
+	// does not wait and changes nothing.
+	ExpectProcess()
 	// Systemd reports whether the systemd driver is in use.
 	Systemd() bool
 }

@@ -154,6 +154,7 @@ func (w fakeCgroups) RemovePod(_ context.Context, parent string) error {
 	w.hold("cgroup:"+parent, false)
 	return nil
 }
+func (w fakeCgroups) ExpectProcess() {}
 func (w fakeCgroups) Systemd() bool { return false }
 
 // Namespaces.

@@ -50,6 +50,7 @@ func (s *Server) checkHandler(name string) error {
 func (s *Server) makeSandbox(ctx context.Context, key string, r *runtimeapi.RunPodSandboxRequest, maps *spec.IDMaps) (_ made, err error) {
 	id := newID()
 	s.phase(ctx, "RunPodSandbox/begin", id)
+	s.cfg.Cgroups.ExpectProcess()
 	parent, err := s.cfg.Cgroups.PodParent(r.GetConfig().GetLinux().GetCgroupParent(), id)
 	if err != nil {
 		return made{}, err

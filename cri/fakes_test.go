@@ -155,7 +155,7 @@ func (w fakeCgroups) RemovePod(_ context.Context, parent string) error {
 	return nil
 }
 func (w fakeCgroups) ExpectProcess() {}
-func (w fakeCgroups) Systemd() bool { return false }
+func (w fakeCgroups) Systemd() bool  { return false }
 
 // Namespaces.
 type fakeNS struct{ *world }

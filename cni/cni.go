@@ -276,6 +276,8 @@ func (m *Manager) SetPodCIDRs(ctx context.Context, cidrs []netip.Prefix) error {
 }
 
 // Remove takes away what is on the host for all pods together; for a daemon that ends with no pod left.
+//
+// Errors: FailedPrecondition, and nothing is done, while a sandbox is on the built-in network.
 func (m *Manager) Remove(ctx context.Context) error { return m.builtin.Remove(ctx) }
 
 func (r Request) check() error {

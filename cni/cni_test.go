@@ -306,6 +306,89 @@ func (f *fixture) noneHeld(store string) {
 	}
 }
 
+// TestOwnPluginInAChain: our plugin named in a configuration runs in this process (there is no executable), and others
+// follow it.
+func TestOwnPluginInAChain(t *testing.T) {
+	debianPlugins(t, "tuning")
+	f := newFixture(t, nil)
+	ctx := context.Background()
+	f.write("10-chain.conflist", fmt.Sprintf(`{"cniVersion":"1.0.0","name":"chain","plugins":[
+		{"type":"nodeagent-cni","dataDir":%q,"podCIDRs":["10.7.0.0/24","fd07::/64"],"capabilities":{"portMappings":true}},
+		{"type":"tuning","sysctl":{"net.ipv4.conf.eth0.log_martians":"1"}}]}`, filepath.Join(f.Dir, "root")))
+	if err := f.m.Status(ctx); err != nil {
+		t.Fatal(err)
+	}
+	a, b := f.request(), f.request()
+	a.PortMappings = []PortMapping{{Protocol: "tcp", HostPort: 8080, ContainerPort: 7}}
+	ra, rb := f.setup(a), f.setup(b)
+	f.talk(a, b, rb.IPs)
+	f.talk(b, a, ra.IPs)
+	if _, err := lab.Ask(f.Node, "tcp", "127.0.0.1:8080"); err != nil {
+		t.Error(err)
+	}
+	f.In(a.Netns, func() error {
+		p, err := os.ReadFile("/proc/sys/net/ipv4/conf/eth0/log_martians")
+		if string(p) != "1\n" {
+			t.Errorf("tuning did not run: %q", p)
+		}
+		return err
+	})
+	if err := f.m.Check(ctx, a, ra); err != nil {
+		t.Error(err)
+	}
+	taken := f.request()
+	taken.PortMappings = a.PortMappings
+	if _, err := f.m.Setup(ctx, taken); err == nil || !strings.Contains(err.Error(), "8080") {
+		t.Errorf("host port twice: %v", err)
+	}
+	for _, p := range []struct {
+		req Request
+		res Result
+	}{{a, ra}, {b, rb}} {
+		if err := f.m.Teardown(ctx, p.req, p.res); err != nil {
+			t.Error(err)
+		}
+	}
+	if links := f.Links("na"); len(links) > 0 {
+		t.Errorf("left: %v", links)
+	}
+	f.noneHeld(filepath.Join(f.Dir, "none"))
+}
+
+// TestPrewiredBeforeConfiguration: a namespace was wired for the built-in network, then a configuration appeared.
+func TestPrewiredBeforeConfiguration(t *testing.T) {
+	debianPlugins(t, "bridge", "host-local")
+	f := newFixture(t, nil)
+	ctx := context.Background()
+	req, late := f.request(), f.request()
+	if err := f.m.Prewire(ctx, req.Netns); err != nil {
+		t.Fatal(err)
+	}
+	f.write("10.conflist", fmt.Sprintf(bridgeConf, "1.0.0", "bridged", filepath.Join(f.Dir, "hostlocal")))
+	if err := f.m.Prewire(ctx, late.Netns); err != nil {
+		t.Fatal(err)
+	}
+	if res := f.setup(req); res.Conf != "bridged" {
+		t.Errorf("result %+v", res)
+	}
+	f.setup(late)
+	if links := f.Links("na"); len(links) > 0 {
+		t.Errorf("left: %v", links)
+	}
+}
+
+func TestRemoveSparesPods(t *testing.T) {
+	f := newFixture(t, nil)
+	req := f.request()
+	res := f.setup(req)
+	if err := f.m.Remove(context.Background()); !errors.Is(err, errdefs.ErrFailedPrecondition) {
+		t.Errorf("error %v", err)
+	}
+	if err := f.m.Check(context.Background(), req, res); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestReconcileForeign(t *testing.T) {
 	debianPlugins(t, "bridge", "host-local")
 	f := newFixture(t, nil)

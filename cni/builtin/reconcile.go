@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/netip"
 
+	"github.com/containerd/errdefs"
 	"github.com/nodeagent/nodeagent/cni/ipam"
 	"github.com/nodeagent/nodeagent/cni/nat"
 	"github.com/nodeagent/nodeagent/cni/rtnl"
@@ -143,13 +144,21 @@ func (n *Network) reconcilePorts(live []Live) error {
 }
 
 // Remove takes away what the network made on the host for all pods together: the nftables table, the
-// host's addresses and the unreachable routes. Links that are still there are deleted too. The next
-// Attach makes it all anew.
+// host's addresses and the unreachable routes, and links of warm namespaces. The next Attach makes it all anew.
+//
+// Errors: FailedPrecondition, and nothing is done, while a sandbox has an address.
 func (n *Network) Remove(context.Context) error {
 	n.life.Lock()
 	defer n.life.Unlock()
 	n.mu.Lock()
 	defer n.mu.Unlock()
+	held, _, err := n.pool.Held(n.cfg.Name)
+	if err != nil {
+		return fmt.Errorf("remove the built-in network: %w", err)
+	}
+	if len(held) > 0 {
+		return fmt.Errorf("remove the built-in network: sandbox %s and maybe others are on it: %w", held[0].Sandbox, errdefs.ErrFailedPrecondition)
+	}
 	for path, w := range n.warm {
 		w.pod.Close()
 		delete(n.warm, path)

@@ -167,7 +167,7 @@ func TestReopen(t *testing.T) {
 func TestPinned(t *testing.T) {
 	f := setup(t)
 	host := f.reg.Addr
-	set := newPinSet([]string{"registry.k8s.io/pause", "*/keep/*:v1", "exact.io/a:v2", "busybox"})
+	set := must(newPinSet([]string{"registry.k8s.io/pause", "*/keep/*:v1", "exact.io/a:v2", "busybox"}))(t)
 	for name, want := range map[string]bool{
 		"registry.k8s.io/pause:3.10": true, "registry.k8s.io/pause@sha256:ab": true, "registry.k8s.io/pause2:1": false,
 		host + "/keep/x:v1": true, host + "/keep/x:v2": false, "exact.io/a:v2": true, "exact.io/a:v22": false,

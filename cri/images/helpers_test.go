@@ -1,14 +1,10 @@
 package images
 
 import (
-	"context"
 	"io/fs"
 	"path/filepath"
 	"strings"
 	"time"
-
-	"github.com/containerd/containerd/v2/core/snapshots"
-	"github.com/containerd/errdefs"
 )
 
 // eventually waits for what the collector does in the background.
@@ -63,18 +59,6 @@ func (f *fixture) leftovers() (out []string) {
 		if err != nil {
 			f.Fatal(err)
 		}
-	}
-	return out
-}
-
-// snapshotNames lists the snapshots in the database.
-func (f *fixture) snapshotNames() (out []string) {
-	f.Helper()
-	if err := f.store.backend.Walk(f.store.life, func(_ context.Context, i snapshots.Info) error {
-		out = append(out, i.Name)
-		return nil
-	}); err != nil && !errdefs.IsNotFound(err) {
-		f.Fatal(err)
 	}
 	return out
 }

@@ -278,15 +278,19 @@ type pinSet struct{ exprs []*regexp.Regexp }
 
 // newPinSet compiles glob patterns; "*" matches any run of characters, slashes
 // included, "?" one. A pattern without a tag or digest matches any tag.
-func newPinSet(patterns []string) *pinSet {
+func newPinSet(patterns []string) (*pinSet, error) {
 	set := &pinSet{}
 	for _, p := range patterns {
 		q := regexp.QuoteMeta(p)
 		q = strings.ReplaceAll(q, `\*`, `.*`)
 		q = strings.ReplaceAll(q, `\?`, `.`)
-		set.exprs = append(set.exprs, regexp.MustCompile(`^(?:docker\.io/|docker\.io/library/)?`+q+`(?:[:@][^/]*)?$`))
+		expr, err := regexp.Compile(`^(?:docker\.io/|docker\.io/library/)?` + q + `(?:[:@][^/]*)?$`)
+		if err != nil {
+			return nil, fmt.Errorf("pattern %q of pinned images: %w: %w", p, err, errdefs.ErrInvalidArgument)
+		}
+		set.exprs = append(set.exprs, expr)
 	}
-	return set
+	return set, nil
 }
 
 func (p *pinSet) match(name string) bool {

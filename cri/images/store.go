@@ -141,11 +141,15 @@ func New(cfg Config) (*Store, error) {
 	if cfg.Root == "" {
 		return nil, fmt.Errorf("open image store: no root directory given: %w", errdefs.ErrInvalidArgument)
 	}
+	pinned, err := newPinSet(cfg.Pinned)
+	if err != nil {
+		return nil, fmt.Errorf("open image store: %w", err)
+	}
 	s := &Store{
 		cfg:      cfg,
 		log:      cfg.Log,
 		platform: platforms.Default(),
-		pinned:   newPinSet(cfg.Pinned),
+		pinned:   pinned,
 		blobs:    newKeyLock(),
 		unpackMu: newKeyLock(),
 		unpacks:  semaphore.NewWeighted(int64(cfg.MaxParallelUnpacks)),

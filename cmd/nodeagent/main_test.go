@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"log/slog"
 	"os"
 	"os/exec"
@@ -239,6 +240,30 @@ func TestJournalLines(t *testing.T) {
 	if got := b.String(); got != want {
 		t.Errorf("got\n%swant\n%s", got, want)
 	}
+}
+
+// TestTrim: the program still works with its pages gone, and has fewer.
+func TestTrim(t *testing.T) {
+	before := filePages(t)
+	if err := trim(); err != nil {
+		t.Fatal(err)
+	}
+	if after := filePages(t); after > before*3/4 {
+		t.Errorf("%d kB of the program are mapped after, %d before", after, before)
+	}
+}
+
+// filePages are the resident file mappings, in kB.
+func filePages(t *testing.T) (kb int) {
+	t.Helper()
+	data, err := os.ReadFile("/proc/self/status")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := fmt.Sscan(regexp.MustCompile(`RssFile:\s*(\d+)`).FindStringSubmatch(string(data))[1], &kb); err != nil {
+		t.Fatal(err)
+	}
+	return kb
 }
 
 // fakeStore answers as the image store does.

@@ -195,7 +195,32 @@ func (p *hiddenPins) Open() error {
 		return nil
 	}
 	a.Close()
-	mnt, err := makeMountNamespace(p.dir)
+	err = p.make(-1)
+	if !errors.Is(err, unix.EINVAL) {
+		return err
+	}
+	// A mount namespace can only be pinned in an older one, and Linux 6.18
+	// tells age by an id that each CPU takes from a range of its own: outside
+	// of the host's first mount namespace it depends on the CPU whether a new
+	// namespace counts as younger than ours. On ours' own CPU it does.
+	var allowed unix.CPUSet
+	if e := unix.SchedGetaffinity(0, &allowed); e != nil {
+		return err
+	}
+	for cpu := 0; cpu < len(allowed)*64; cpu++ {
+		if allowed.IsSet(cpu) {
+			if err = p.make(cpu); err == nil {
+				return nil
+			}
+		}
+	}
+	return err
+}
+
+// make makes the mount namespace, on one CPU if cpu is not negative, and pins
+// it at the anchor.
+func (p *hiddenPins) make(cpu int) error {
+	mnt, err := makeMountNamespace(p.dir, cpu)
 	if err != nil {
 		return fmt.Errorf("make a mount namespace for pins: %w", err)
 	}
@@ -209,9 +234,16 @@ func (p *hiddenPins) Open() error {
 
 // makeMountNamespace returns a mount namespace with nothing but an empty tmpfs
 // as root: none of the host's mounts, which would otherwise stay busy.
-func makeMountNamespace(dir string) (*os.File, error) {
+func makeMountNamespace(dir string, cpu int) (*os.File, error) {
 	var mnt *os.File
 	err := onThread(func() (err error) {
+		if cpu >= 0 {
+			var one unix.CPUSet
+			one.Set(cpu)
+			if err := unix.SchedSetaffinity(0, &one); err != nil {
+				return fmt.Errorf("run on CPU %d: %w", cpu, err)
+			}
+		}
 		if err = unix.Unshare(unix.CLONE_NEWNS); err != nil {
 			return fmt.Errorf("unshare: %w", resource(err))
 		}

@@ -200,13 +200,49 @@ func (h *held) configure(w Want) error {
 				return err
 			}
 		}
+		return writeSysctls(w)
+	})
+}
+
+// writeSysctls runs on a thread inside the set, which it leaves without
+// privileges when the set has a user namespace: sysctls of an IPC namespace are
+// writable for the root of its user namespace alone, not for ours (ipc/
+// ipc_sysctl.c, ipc_permissions).
+func writeSysctls(w Want) error {
+	isIPC := func(key string) bool { return !strings.HasPrefix(key, "net.") }
+	for _, ipc := range []bool{false, true} {
+		if ipc && w.User {
+			if err := becomeRootOf(w.UIDMap); err != nil {
+				return err
+			}
+		}
 		for key, val := range w.Sysctls {
+			if isIPC(key) != ipc {
+				continue
+			}
 			if err := writeSysctl(key, val); err != nil {
 				return err
 			}
 		}
+	}
+	return nil
+}
+
+// becomeRootOf makes this thread, and no other, the user that is root in a user
+// namespace with the given mappings.
+func becomeRootOf(uids []specs.LinuxIDMapping) error {
+	for _, m := range uids {
+		if m.ContainerID != 0 {
+			continue
+		}
+		keep := ^uintptr(0)
+		// Not unix.Setresuid: Go's changes all threads.
+		if _, _, errno := unix.RawSyscall(unix.SYS_SETRESUID, keep, uintptr(m.HostID), keep); errno != 0 {
+			return fmt.Errorf("become user %d for sysctls: %w", m.HostID, errno)
+		}
 		return nil
-	})
+	}
+	return fmt.Errorf("set sysctls: the mappings have no root: %w", errdefs.ErrInvalidArgument)
 }
 
 func enter(files map[kind]*os.File, k kind) error {

@@ -150,6 +150,7 @@ func TestUserNamespaceOwnsTheOthers(t *testing.T) {
 		w.User = true
 		w.UIDMap = []specs.LinuxIDMapping{{ContainerID: 0, HostID: 100000, Size: 65536}}
 		w.GIDMap = []specs.LinuxIDMapping{{ContainerID: 0, HostID: 200000, Size: 65536}}
+		w.Sysctls = map[string]string{"kernel.shmmax": "65536", "fs.mqueue.msg_max": "7", "net.core.somaxconn": "99", "net.ipv4.ip_local_port_range": "2000 3000"}
 		s, err := p.Get(t.Context(), w)
 		if err != nil {
 			t.Fatal(err)
@@ -173,12 +174,21 @@ func TestUserNamespaceOwnsTheOthers(t *testing.T) {
 				t.Errorf("%s belongs to another user namespace (%v)", path, err)
 			}
 		}
-		in(t, Set{UTS: s.UTS}, func() error {
+		in(t, s, func() error {
 			if got := hostname(); got != "pod" {
 				t.Errorf("hostname %q, want pod", got)
 			}
+			for key, want := range w.Sysctls {
+				got, err := os.ReadFile("/proc/sys/" + strings.ReplaceAll(key, ".", "/"))
+				if err != nil || strings.Join(strings.Fields(string(got)), " ") != want {
+					t.Errorf("%s is %q (%v), want %q", key, got, err, want)
+				}
+			}
 			return nil
 		})
+		if os.Geteuid() != 0 {
+			t.Error("the test is no longer root")
+		}
 	})
 }
 

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 )
@@ -50,4 +51,44 @@ func TestNothingBinaryIsCommitted(t *testing.T) {
 			t.Errorf("%s is binary; build it", name)
 		}
 	}
+}
+
+// TestReadmeNamesRealTests: the README's table says which test shows what.
+func TestReadmeNamesRealTests(t *testing.T) {
+	readme, err := os.ReadFile("../../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	named := 0
+	cell := regexp.MustCompile("`([a-z0-9/]+)` ((?:(?:Test|Fuzz)[A-Za-z0-9]+(?:, )?)+)")
+	for _, m := range cell.FindAllStringSubmatch(string(readme), -1) {
+		folder := m[1]
+		for _, name := range strings.Split(strings.TrimSuffix(m[2], ", "), ", ") {
+			named++
+			if !hasTest(t, filepath.Join("../..", folder), name) {
+				t.Errorf("README.md names %s in %s, which is not there", name, folder)
+			}
+		}
+	}
+	if named < 50 {
+		t.Errorf("README.md names %d tests only", named)
+	}
+}
+
+func hasTest(t *testing.T, dir, name string) bool {
+	t.Helper()
+	files, err := filepath.Glob(filepath.Join(dir, "*_test.go"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range files {
+		data, err := os.ReadFile(f)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if bytes.Contains(data, []byte("\nfunc "+name+"(")) {
+			return true
+		}
+	}
+	return false
 }

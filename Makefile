@@ -128,7 +128,7 @@ bench: build test-deps ## run the Go benchmarks
 .PHONY: bench-compare
 bench-compare: build test-deps ## measure this runtime beside Debian's containerd
 	$(call packages,$(BENCH_PACKAGES))
-	$(GO) run ./test/bench -nodeagent bin/nodeagent $(ARGS)
+	$(GO) run ./test/bench -nodeagent bin/nodeagent -out build/bench.json $(ARGS)
 
 # --- install ------------------------------------------------------------------
 PREFIX ?= /usr/local

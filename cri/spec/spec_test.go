@@ -203,6 +203,17 @@ func remove(s *specs.Spec, dst ...string) {
 
 func ns(s *specs.Spec, n ...specs.LinuxNamespace) { s.Linux.Namespaces = n }
 
+// oldSeccomp and oldAppArmor are the deprecated ways, which old kubelets use.
+func oldSeccomp(in *Input, path string) {
+	//lint:ignore SA1019 see above
+	sc(in).SeccompProfilePath = path
+}
+
+func oldAppArmor(in *Input, path string) {
+	//lint:ignore SA1019 see above
+	sc(in).ApparmorProfile = path
+}
+
 func num(v int64) *runtimeapi.Int64Value { return &runtimeapi.Int64Value{Value: v} }
 
 func TestContainer(t *testing.T) {
@@ -531,7 +542,7 @@ func TestContainer(t *testing.T) {
 			},
 		},
 		"seccomp by the old path": {
-			func(in *Input) { sc(in).SeccompProfilePath = "runtime/default" }, //nolint:staticcheck // old kubelets
+			func(in *Input) { oldSeccomp(in, "runtime/default") },
 			func(s *specs.Spec) { s.Linux.Seccomp = DefaultSeccomp(DefaultCapabilities()) },
 		},
 		"AppArmor default": {
@@ -551,7 +562,7 @@ func TestContainer(t *testing.T) {
 		"AppArmor unconfined": {
 			func(in *Input) {
 				in.Host.AppArmor, in.Host.AppArmorDefault = true, "def"
-				sc(in).ApparmorProfile = "unconfined" //nolint:staticcheck // old kubelets
+				oldAppArmor(in, "unconfined")
 			},
 			func(*specs.Spec) {},
 		},
@@ -746,7 +757,7 @@ func TestContainerRefuses(t *testing.T) {
 			seccomp(local("/x"))(in)
 		}, invalid, "a profile with a defaultAction"},
 		"no seccomp":          {func(in *Input) { in.Host.Seccomp = false; seccomp(&runtimeapi.SecurityProfile{})(in) }, lacks, "this host has no seccomp"},
-		"old seccomp path":    {func(in *Input) { sc(in).SeccompProfilePath = "mine" }, invalid, `seccomp_profile is "mine"`}, //nolint:staticcheck // old kubelets
+		"old seccomp path":    {func(in *Input) { oldSeccomp(in, "mine") }, invalid, `seccomp_profile is "mine"`},
 		"no AppArmor":         {apparmor(false, &runtimeapi.SecurityProfile{}), lacks, "this host has no AppArmor"},
 		"AppArmor not loaded": {apparmor(true, local("mine")), missing, `AppArmor profile "mine" is not loaded`},
 		"AppArmor no default": {apparmor(true, &runtimeapi.SecurityProfile{}), lacks, "default AppArmor profile"},

@@ -11,7 +11,6 @@
 package probe
 
 import (
-	"errors"
 	"fmt"
 	"runtime"
 )
@@ -120,6 +119,4 @@ func onThread(f func() error) error {
 }
 
 // errMissing is a plain "not there" with words of its own.
-func errMissing(format string, args ...any) error {
-	return errors.New(fmt.Sprintf(format, args...))
-}
+func errMissing(format string, args ...any) error { return fmt.Errorf(format, args...) }

@@ -21,6 +21,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
 	"runtime/debug"
 	"time"
 
@@ -49,8 +50,16 @@ func main() {
 		fmt.Fprintln(os.Stderr, "usage: nodeagent-shim reaper|serve STATEDIR EXITDIR")
 		os.Exit(2)
 	}
+	// libcontainer's goroutines enter containers' mount namespaces and end
+	// with their thread. The main thread cannot end: on it, such a goroutine
+	// would leave this process in a container's namespace for good and keep
+	// its mounts alive. So nothing but this goroutine, which waits, gets it;
+	// at the first statements of main it still runs there.
+	runtime.LockOSThread()
 	log := slog.New(slog.NewTextHandler(os.Stderr, nil))
-	switch err := run(log, os.Args[2], os.Args[3]); {
+	result := make(chan error, 1)
+	go func() { result <- run(log, os.Args[2], os.Args[3]) }()
+	switch err := <-result; {
 	case errors.Is(err, errOther):
 		os.Exit(exitOther)
 	case err != nil:

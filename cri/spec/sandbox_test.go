@@ -277,3 +277,18 @@ func TestStatusResources(t *testing.T) {
 		t.Errorf("of nothing: %v", got)
 	}
 }
+
+func TestSandboxLabel(t *testing.T) {
+	level := func(l string) *runtimeapi.PodSandboxConfig {
+		return &runtimeapi.PodSandboxConfig{Linux: &runtimeapi.LinuxPodSandboxConfig{SecurityContext: &runtimeapi.LinuxSandboxSecurityContext{
+			SelinuxOptions: &runtimeapi.SELinuxOption{Level: l},
+		}}}
+	}
+	if got, err := SandboxLabel(level("s0:c1,c2"), HostInfo{}); got != "" || err != nil {
+		t.Errorf("without SELinux: %q, %v", got, err)
+	}
+	if _, err := SandboxLabel(level("top"), HostInfo{}); !errdefs.IsInvalidArgument(err) {
+		t.Errorf("a malformed level: %v", err)
+	}
+	ReleaseSandboxLabel("")
+}

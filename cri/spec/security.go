@@ -155,6 +155,33 @@ func (b *builder) selinux() error {
 	return nil
 }
 
+// SandboxLabel reserves the SELinux process label of a pod, for
+// [Input.SandboxLabel] of its containers: they share files, so they must share
+// categories. "" on a host without SELinux and for privileged pods. Keep it in
+// the sandbox's record and give it back with [ReleaseSandboxLabel].
+//
+// Errors: InvalidArgument for options that make no label.
+func SandboxLabel(c *runtimeapi.PodSandboxConfig, host HostInfo) (string, error) {
+	sc := c.GetLinux().GetSecurityContext()
+	opts, err := SELinuxOptions("linux.security_context.selinux_options", sc.GetSelinuxOptions())
+	if err != nil || !host.SELinux || sc.GetPrivileged() {
+		return "", err
+	}
+	process, _, err := label.InitLabels(opts)
+	if err != nil {
+		return "", fmt.Errorf("linux.security_context.selinux_options %v: %w: %w", opts, err, errdefs.ErrInvalidArgument)
+	}
+	return process, nil
+}
+
+// ReleaseSandboxLabel gives a label's categories back; "" and a second call do
+// nothing.
+func ReleaseSandboxLabel(processLabel string) {
+	if processLabel != "" {
+		selinux.ReleaseLabel(processLabel)
+	}
+}
+
 // SELinuxOptions checks o and returns it as options of the selinux library.
 //
 // Errors: InvalidArgument for a malformed level.

@@ -1,6 +1,7 @@
 package config
 
 import (
+	"encoding/json"
 	"errors"
 	"os"
 	"path/filepath"
@@ -100,6 +101,18 @@ func TestLoad(t *testing.T) {
 	c, err := Load(path)
 	if err != nil || !reflect.DeepEqual(c, Default()) {
 		t.Errorf("got %+v, %v, want the default", c, err)
+	}
+}
+
+// TestJSONIsAFileToo: what `crictl info` shows can be used as a file.
+func TestJSONIsAFileToo(t *testing.T) {
+	text, err := json.Marshal(Default())
+	if err != nil {
+		t.Fatal(err)
+	}
+	c, err := Parse("json", text)
+	if err != nil || !reflect.DeepEqual(c, Default()) {
+		t.Errorf("%v from %s", err, text)
 	}
 }
 

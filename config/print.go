@@ -2,6 +2,7 @@ package config
 
 import (
 	"bytes"
+	"encoding/json"
 	"fmt"
 	"net/netip"
 	"reflect"
@@ -20,6 +21,27 @@ func (c Config) Document() []byte {
 	p := printer{derived: derived}
 	p.fields(reflect.ValueOf(c), "", reflect.ValueOf(derived))
 	return p.out.Bytes()
+}
+
+// MarshalJSON renders c with the names of the file, for `crictl info`.
+func (c Config) MarshalJSON() ([]byte, error) {
+	return json.Marshal(tree(reflect.ValueOf(c)))
+}
+
+func tree(st reflect.Value) map[string]any {
+	out := map[string]any{}
+	for f := range st.Type().Fields() {
+		name, v := f.Tag.Get("yaml"), st.FieldByIndex(f.Index)
+		switch d, isDuration := v.Interface().(time.Duration); {
+		case isDuration:
+			out[name] = shortDuration(d)
+		case !isScalar(f.Type) && f.Type.Kind() == reflect.Struct:
+			out[name] = tree(v)
+		default:
+			out[name] = v.Interface()
+		}
+	}
+	return out
 }
 
 type printer struct {

@@ -92,7 +92,7 @@ func serveAdmin(ctx context.Context, path string, source imageSource, log *slog.
 	closed := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		defer close(closed)
-		server.Shutdown(context.WithoutCancel(ctx)) //nolint:errcheck // no deadline, so nothing but a closed listener's error
+		server.Shutdown(context.WithoutCancel(ctx)) // no deadline, so nothing but a closed listener's error
 	})
 	err = server.Serve(ln)
 	if !stop() {

@@ -32,10 +32,8 @@ func callAdmin(ctx context.Context, socket, path string, req any, report func(im
 	}
 	resp, err := transport.RoundTrip(post)
 	switch {
-	case errors.Is(err, syscall.ENOENT), errors.Is(err, syscall.ECONNREFUSED):
+	case errors.Is(err, syscall.ENOENT), errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, syscall.EACCES):
 		return nil, noDaemon(socket)
-	case errors.Is(err, syscall.EACCES):
-		return nil, fmt.Errorf("only root may use %s: run with sudo", socket)
 	case err != nil:
 		return nil, fmt.Errorf("ask the daemon: %w", err)
 	}

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/credentials/insecure"
@@ -38,5 +39,8 @@ func plain(err error, socket string) error {
 }
 
 func noDaemon(socket string) error {
+	if errors.Is(unix.Access(socket, unix.W_OK), unix.EACCES) {
+		return fmt.Errorf("only root may use %s: run with sudo", socket)
+	}
 	return fmt.Errorf("no daemon answers on %s: start it with %q, or name its configuration with --config", socket, "nodeagent run")
 }

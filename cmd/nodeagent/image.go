@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"text/tabwriter"
+	"time"
 
 	"github.com/nodeagent/nodeagent/cri/images"
 	"github.com/spf13/cobra"
@@ -49,6 +50,9 @@ func newImageRemoveCommand(a *app) *cobra.Command {
 		Aliases: []string{"remove"},
 		Short:   "Remove images by name, digest or id",
 		Args:    cobra.MinimumNArgs(1),
+		ValidArgsFunction: func(cmd *cobra.Command, _ []string, _ string) ([]string, cobra.ShellCompDirective) {
+			return a.imageNames(cmd.Context()), cobra.ShellCompDirectiveNoFileComp
+		},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			return a.withImageService(func(c runtimeapi.ImageServiceClient) error {
 				for _, ref := range args {
@@ -142,6 +146,20 @@ func importPath(arg string, stdin io.Reader) (path string, cleanup func(), err e
 		return "", nil, fmt.Errorf("store standard input: %w", err)
 	}
 	return f.Name(), cleanup, nil
+}
+
+// imageNames are what a shell can complete; none if no daemon answers.
+func (a *app) imageNames(ctx context.Context) (names []string) {
+	ctx, cancel := context.WithTimeout(ctx, time.Second)
+	defer cancel()
+	a.withImageService(func(c runtimeapi.ImageServiceClient) error { // a shell has no use for it
+		resp, err := c.ListImages(ctx, &runtimeapi.ListImagesRequest{})
+		for _, img := range resp.GetImages() {
+			names = append(names, img.RepoTags...)
+		}
+		return err
+	})
+	return names
 }
 
 // withImageService calls f with a client of the daemon's image service.

@@ -24,8 +24,7 @@
 // work runs on OS threads that are thrown away afterwards, never on the main
 // thread. One mutex guards the maps, no kernel call is made under it.
 //
-// Kernel: 5.2 (open_tree, move_mount); 5.10 is what is tested for users'
-// namespaces with idmapped mounts further up.
+// Kernel: 5.8 (statx with mount ids; open_tree and move_mount are 5.2).
 package namespaces
 
 import (

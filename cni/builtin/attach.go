@@ -140,6 +140,10 @@ func (n *Network) connect(node *node, a Attachment, w *wired, ips []netip.Addr) 
 	if err := n.rt.Do(&b); err != nil {
 		return err
 	}
+	// The host's end could send as soon as it was up; the question only makes its state known sooner.
+	if _, err := n.rt.LinkByIndex(w.hostIndex); err != nil {
+		return err
+	}
 	return w.ready()
 }
 
@@ -202,19 +206,8 @@ func (n *Network) Detach(_ context.Context, a Attachment, ips []netip.Addr) erro
 	if w := n.takeWarm(a.Key); w != nil {
 		w.pod.Close()
 	}
-	var errs []error
-	held := ips
-	if len(ips) == 0 {
-		recs, _, err := n.pool.Held(n.cfg.Name)
-		if err != nil {
-			errs = append(errs, err)
-		}
-		for _, r := range recs {
-			if r.Sandbox == a.SandboxID && r.IfName == a.ifName() {
-				held = append(held, r.Addr)
-			}
-		}
-	}
+	held, err := n.heldBy(a, ips)
+	errs := []error{err}
 	var b rtnl.Batch
 	b.SetGroupByName(n.LinkName(a.Key), n.dead)
 	for _, ip := range held {
@@ -230,7 +223,7 @@ func (n *Network) Detach(_ context.Context, a Attachment, ips []netip.Addr) erro
 		n.forgetSoon()
 	}
 	// Only now may others have the addresses.
-	if len(errs) == 0 {
+	if errors.Join(errs...) == nil {
 		for _, ip := range held {
 			errs = append(errs, n.pool.Release(n.cfg.Name, a.SandboxID, ip))
 		}
@@ -240,4 +233,31 @@ func (n *Network) Detach(_ context.Context, a Attachment, ips []netip.Addr) erro
 		return fmt.Errorf("detach sandbox %s from the built-in network: %w", a.SandboxID, err)
 	}
 	return nil
+}
+
+// heldBy is which of ips the attachment still holds, or everything it holds if ips are not known. What another got
+// since, when this is a second removal, is left alone.
+func (n *Network) heldBy(a Attachment, ips []netip.Addr) ([]netip.Addr, error) {
+	var held []netip.Addr
+	mine := func(r ipam.Record) bool {
+		return r.Network == n.cfg.Name && r.Sandbox == a.SandboxID && r.IfName == a.ifName()
+	}
+	if len(ips) == 0 {
+		recs, _, err := n.pool.Held(n.cfg.Name)
+		for _, r := range recs {
+			if mine(r) {
+				held = append(held, r.Addr)
+			}
+		}
+		return held, err
+	}
+	for _, ip := range ips {
+		switch rec, err := n.pool.Get(ip); {
+		case err == nil && mine(rec):
+			held = append(held, ip)
+		case err != nil && !errors.Is(err, errdefs.ErrNotFound):
+			return held, err
+		}
+	}
+	return held, nil
 }

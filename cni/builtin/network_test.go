@@ -2,13 +2,16 @@ package builtin
 
 import (
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
+	"hash/crc32"
 	"net"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -18,6 +21,7 @@ import (
 	"github.com/nodeagent/nodeagent/cni/lab"
 	"github.com/nodeagent/nodeagent/cni/nat"
 	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
 )
 
 func sysctl(t *testing.T, path, key, value string) {
@@ -515,4 +519,171 @@ func TestFirstPacket(t *testing.T) {
 	if slow > 0 {
 		t.Errorf("%d of 20 first answers were lost", slow)
 	}
+}
+
+// TestLateSecondDetach: a pod is removed a second time after another got its address and its host port.
+func TestLateSecondDetach(t *testing.T) {
+	l := lab.New(t)
+	n := newNetwork(t, l, func(c *Config) {
+		c.PodCIDRs, c.Quarantine = []netip.Prefix{netip.MustParsePrefix("10.1.0.0/30")}, time.Nanosecond
+	})
+	ctx := context.Background()
+	port := nat.Port{HostPort: 8080, ContainerPort: 80}
+	a, err := attachPorts(t, l, n, "a", port)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := n.Detach(ctx, a.Attachment, a.IPs); err != nil {
+		t.Fatal(err)
+	}
+	b, err := attachPorts(t, l, n, "b", port)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, ips := range [][]netip.Addr{a.IPs, nil} {
+		if err := n.Detach(ctx, a.Attachment, ips); err != nil {
+			t.Error(err)
+		}
+	}
+	l.Echo(b.Netns, "tcp", b.at(0, 80))
+	for _, at := range []string{b.at(0, 80), "127.0.0.1:8080"} {
+		if _, err := lab.Ask(l.Node, "tcp", at); err != nil {
+			t.Errorf("%s: %v", at, err)
+		}
+	}
+}
+
+// TestReadOnlySysctls: where the host's settings cannot be written, the error says which one is needed, and one
+// that is set already is no fault.
+func TestReadOnlySysctls(t *testing.T) {
+	l := lab.New(t)
+	sysctl(t, l.Node, "net/ipv4/ip_forward", "0")
+	n := newNetwork(t, l, nil)
+	readOnly := func() error {
+		errs := make(chan error)
+		go func() {
+			runtime.LockOSThread() // the thread ends with its mount namespace
+			err := unix.Unshare(unix.CLONE_NEWNS)
+			if err == nil {
+				err = unix.Mount("", "/", "", unix.MS_PRIVATE|unix.MS_REC, "")
+			}
+			if err == nil {
+				err = unix.Mount("/proc/sys", "/proc/sys", "", unix.MS_BIND, "")
+			}
+			if err == nil {
+				err = unix.Mount("", "/proc/sys", "", unix.MS_BIND|unix.MS_REMOUNT|unix.MS_RDONLY, "")
+			}
+			if err != nil {
+				errs <- fmt.Errorf("prepare: %w", err)
+				return
+			}
+			errs <- n.Status(context.Background())
+		}()
+		return <-errs
+	}
+	if err := readOnly(); !errors.Is(err, errdefs.ErrFailedPrecondition) || !strings.Contains(err.Error(), "net.ipv4.ip_forward=1") {
+		t.Errorf("error %v", err)
+	}
+	sysctl(t, l.Node, "net/ipv4/ip_forward", "1")
+	sysctl(t, l.Node, "net/ipv6/conf/all/forwarding", "1")
+	if err := readOnly(); err != nil {
+		t.Errorf("all is set: %v", err)
+	}
+}
+
+// TestUDPClientsFollow: a client that sends from one port all the time reaches whoever has the host port now.
+func TestUDPClientsFollow(t *testing.T) {
+	l := lab.New(t).WithOutside(1500)
+	n := newNetwork(t, l, nil)
+	ask := func() (string, error) { return lab.AskFrom(l.Outside, "udp", "192.0.2.2:4444", "192.0.2.1:8053") }
+	if _, err := ask(); err == nil {
+		t.Fatal("somebody answers")
+	}
+	for _, name := range []string{"a", "b"} {
+		p, err := attachPorts(t, l, n, name, nat.Port{Protocol: "udp", HostPort: 8053, ContainerPort: 53})
+		if err != nil {
+			t.Fatal(err)
+		}
+		l.Echo(p.Netns, "udp", p.at(0, 53))
+		if _, err := ask(); err != nil {
+			t.Errorf("%s: %v", name, err)
+		}
+		if err := n.Detach(context.Background(), p.Attachment, p.IPs); err != nil {
+			t.Error(err)
+		}
+	}
+}
+
+// TestSCTP sends the first packet of an association: the kernel here may have no SCTP sockets, but translates it.
+func TestSCTP(t *testing.T) {
+	l := lab.New(t).WithOutside(1500)
+	n := newNetwork(t, l, nil)
+	p, err := attachPorts(t, l, n, "a", nat.Port{Protocol: "SCTP", HostPort: 3868, ContainerPort: 1000})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var in, out net.PacketConn
+	lab.In(t, p.Netns, func() (err error) { in, err = net.ListenPacket("ip4:132", "0.0.0.0"); return err })
+	defer in.Close()
+	lab.In(t, l.Outside, func() (err error) { out, err = net.ListenPacket("ip4:132", "0.0.0.0"); return err })
+	defer out.Close()
+	// Ports 5000 and 3868, tag 0, checksum; an INIT chunk of 20 bytes.
+	init := append([]byte{5000 >> 8, 5000 & 0xff, 3868 >> 8, 3868 & 0xff, 0, 0, 0, 0, 0, 0, 0, 0},
+		1, 0, 0, 20, 0, 0, 0, 9, 0, 1, 0, 0, 0, 1, 0, 1, 0, 0, 0, 1)
+	binary.LittleEndian.PutUint32(init[8:], crc32.Checksum(init, crc32.MakeTable(crc32.Castagnoli)))
+	if _, err := out.WriteTo(init, &net.IPAddr{IP: lab.NodeIP4.AsSlice()}); err != nil {
+		t.Fatal(err)
+	}
+	buf := make([]byte, 100)
+	_ = in.SetReadDeadline(time.Now().Add(2 * time.Second))
+	got, _, err := in.ReadFrom(buf)
+	if err != nil || got != len(init) || binary.BigEndian.Uint16(buf[2:]) != 1000 {
+		t.Errorf("%d bytes % x, %v", got, buf[:got], err)
+	}
+}
+
+// TestRouterAdvertisementsOfPods: a pod says it is the host's router, and is not believed even where new links accept
+// advertisements.
+func TestRouterAdvertisementsOfPods(t *testing.T) {
+	l := lab.New(t)
+	sysctl(t, l.Node, "net/ipv6/conf/default/accept_ra", "2")
+	n := newNetwork(t, l, nil)
+	p := newPod(t, l, n, "a")
+	var c net.PacketConn
+	index := 0
+	lab.In(t, p.Netns, func() error {
+		link, err := netlink.LinkByName("eth0")
+		if err == nil {
+			index = link.Attrs().Index
+			c, err = net.ListenPacket("ip6:ipv6-icmp", "::")
+		}
+		return err
+	})
+	defer c.Close()
+	raw, err := c.(*net.IPConn).SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	_ = raw.Control(func(fd uintptr) {
+		for option, value := range map[int]int{unix.IPV6_MULTICAST_HOPS: 255, unix.IPV6_MULTICAST_IF: index} {
+			if err := unix.SetsockoptInt(int(fd), unix.IPPROTO_IPV6, option, value); err != nil {
+				t.Error(err)
+			}
+		}
+	})
+	// Type 134, hop limit 64, router lifetime 1800 s.
+	ra := []byte{134, 0, 0, 0, 64, 0, 1800 >> 8, 1800 & 0xff, 0, 0, 0, 0, 0, 0, 0, 0}
+	for range 3 {
+		if _, err := c.WriteTo(ra, &net.IPAddr{IP: net.ParseIP("ff02::1")}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	time.Sleep(50 * time.Millisecond)
+	lab.In(t, l.Node, func() error {
+		routes, err := netlink.RouteListFiltered(netlink.FAMILY_V6, &netlink.Route{Protocol: unix.RTPROT_RA}, netlink.RT_FILTER_PROTOCOL)
+		if len(routes) > 0 {
+			t.Errorf("the host has %v", routes)
+		}
+		return err
+	})
 }

@@ -153,11 +153,12 @@ func (n *Network) forwarding(nd *node) error {
 			return fmt.Errorf("list links: %w", err)
 		}
 		for _, d := range dirs {
-			f := filepath.Join("/proc/sys/net/ipv6/conf", d.Name(), "accept_ra")
-			if v, err := os.ReadFile(f); err == nil && strings.TrimSpace(string(v)) == "1" {
-				if err := os.WriteFile(f, []byte("2"), 0); err != nil && !errors.Is(err, fs.ErrNotExist) {
-					return fmt.Errorf("keep router advertisements on %s: %w", d.Name(), err)
-				}
+			key := "net/ipv6/conf/" + d.Name() + "/accept_ra"
+			if d.Name() == "all" || d.Name() == "default" || readSysctl(key) != "1" {
+				continue
+			}
+			if err := writeSysctl(key, "2"); err != nil && !errors.Is(err, fs.ErrNotExist) {
+				return err
 			}
 		}
 		return nil
@@ -190,31 +191,49 @@ func unreachable(p netip.Prefix) rtnl.Route {
 	return rtnl.Route{Dst: p, Protocol: Protocol, Type: unix.RTN_UNREACHABLE, Metric: 4096}
 }
 
-// sysctl writes one value in the host's namespace. One that is set already needs no permission.
-func (n *Network) sysctl(key, value string) error {
+// sysctl writes values in the host's namespace, given as key, value, key, value. One that is set already needs no
+// permission.
+func (n *Network) sysctl(keyValues ...string) error {
 	return netns.Do(n.host, func() error {
-		path := filepath.Join("/proc/sys", key)
-		if have, err := os.ReadFile(path); err == nil && strings.TrimSpace(string(have)) == value {
-			return nil
-		}
-		if err := os.WriteFile(path, []byte(value), 0); err != nil {
-			name := strings.ReplaceAll(key, "/", ".")
-			if errors.Is(err, fs.ErrPermission) || errors.Is(err, unix.EROFS) {
-				return fmt.Errorf("set sysctl %s=%s: %w: not permitted, set it yourself: %w", name, value, err, errdefs.ErrFailedPrecondition)
+		for i := 0; i < len(keyValues); i += 2 {
+			if err := writeSysctl(keyValues[i], keyValues[i+1]); err != nil {
+				return err
 			}
-			return fmt.Errorf("set sysctl %s=%s: %w", name, value, err)
 		}
 		return nil
 	})
+}
+
+func writeSysctl(key, value string) error {
+	if readSysctl(key) == value {
+		return nil
+	}
+	err := os.WriteFile(filepath.Join("/proc/sys", key), []byte(value), 0)
+	name := strings.ReplaceAll(key, "/", ".")
+	if errors.Is(err, fs.ErrPermission) || errors.Is(err, unix.EROFS) {
+		return fmt.Errorf("set sysctl %s=%s: %w: not permitted here, set it yourself: %w", name, value, err, errdefs.ErrFailedPrecondition)
+	}
+	if err != nil {
+		return fmt.Errorf("set sysctl %s=%s: %w", name, value, err)
+	}
+	return nil
+}
+
+// readSysctl is the value in the thread's namespace, "" if there is none.
+func readSysctl(key string) string {
+	p, err := os.ReadFile(filepath.Join("/proc/sys", key))
+	if err != nil {
+		return ""
+	}
+	return strings.TrimSpace(string(p))
 }
 
 // readSysctl is the value in the host's namespace, "" if there is none.
 func (n *Network) readSysctl(key string) string {
 	var v string
 	_ = netns.Do(n.host, func() error {
-		p, err := os.ReadFile(filepath.Join("/proc/sys", key))
-		v = strings.TrimSpace(string(p))
-		return err
+		v = readSysctl(key)
+		return nil
 	})
 	return v
 }

@@ -119,14 +119,23 @@ func (n *Network) wire(ctx context.Context, node *node, a Attachment) (_ *wired,
 	if err := n.rt.Do(&host); err != nil {
 		return nil, err
 	}
-	// A pod sends from its own address only; for IPv6 the kernel has no such check.
-	if err := n.sysctl("net/ipv4/conf/"+w.Name+"/rp_filter", "1"); err != nil {
+	if err := n.protect(w); err != nil {
 		return nil, err
 	}
 	if err := w.preparePod(); err != nil {
 		return nil, err
 	}
 	return w, nil
+}
+
+// protect keeps the host from believing a pod: what it sends from another address than its own is dropped (IPv4; for
+// IPv6 the kernel has no such check), and its router advertisements are ignored (CVE-2020-10749).
+func (n *Network) protect(w *wired) error {
+	set := []string{"net/ipv4/conf/" + w.Name + "/rp_filter", "1"}
+	if w.v6 {
+		set = append(set, "net/ipv6/conf/"+w.Name+"/accept_ra", "0")
+	}
+	return n.sysctl(set...)
 }
 
 // addVeth makes the pair. If it is there, that may be one already given up and not yet deleted.

@@ -321,6 +321,9 @@ func (t *Table) prune(drop func(element) bool) error {
 		}
 	}
 	have, err := t.dump(c)
+	if errors.Is(err, errdefs.ErrFailedPrecondition) {
+		return nil
+	}
 	if err != nil {
 		return err
 	}
@@ -536,6 +539,9 @@ func (t *Table) dump(c *nftables.Conn) ([]element, error) {
 		elems, err := c.GetSetElements(s)
 		if err != nil && strings.Contains(err.Error(), unix.ENOENT.Error()) { // the library does not wrap it
 			return nil, nil
+		}
+		if errors.Is(err, unix.EINVAL) {
+			err = errors.Join(err, unix.EOPNOTSUPP) // netfilter's answer where it has no nf_tables
 		}
 		if err != nil {
 			return nil, fmt.Errorf("list nftables set %s: %w", s.Name, unsupported(err))

@@ -182,7 +182,7 @@ func TestJoin(t *testing.T) {
 // TestCancel abandons creations at many moments; each must be gone entirely or
 // be there entirely.
 func TestCancel(t *testing.T) {
-	before := shared.Snapshot()
+	before := shared.Settled()
 	for i := range 30 {
 		cfg := podConfig(t)
 		ctx, cancel := context.WithTimeout(context.Background(), time.Duration(i)*700*time.Microsecond)

@@ -81,7 +81,7 @@ func run(m *testing.M) int {
 	if err := pullAll(ctx, shared); err != nil {
 		return fail(err)
 	}
-	before := shared.Snapshot()
+	before := shared.Settled()
 	code := m.Run()
 	if code != 0 {
 		fmt.Printf("--- the shared daemon's log ends:\n%s\n", shared.LogTail(60))

@@ -187,7 +187,7 @@ func TestCNIConflist(t *testing.T) {
  {"type":"portmap","capabilities":{"portMappings":true}}]}`, bridge, bridge, filepath.Join(dir, "ipam")))
 	n := ownNode(t, func(c *node.Config) { c.CNIConfDir = conf })
 	defer deleteLink(bridge)
-	before := n.Snapshot()
+	before := n.Settled()
 	p := runPodOn(t, n, podConfig(t))
 	v4, _ := p.ips(t)
 	if !netip.MustParsePrefix("10.199.0.0/24").Contains(v4) {

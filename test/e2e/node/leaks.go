@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"maps"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -57,6 +58,24 @@ func (n *Node) Snapshot() Leaks {
 		}
 	}
 	return l
+}
+
+// Settled is a snapshot that did not change for a while: the daemon has filled
+// its pool of warm namespaces and processes that start have started.
+func (n *Node) Settled() Leaks {
+	last, since := n.Snapshot(), time.Now()
+	for deadline := since.Add(10 * time.Second); time.Now().Before(deadline); {
+		time.Sleep(50 * time.Millisecond)
+		now := n.Snapshot()
+		if !maps.Equal(now.Counts(), last.Counts()) {
+			since = time.Now()
+		}
+		last = now
+		if time.Since(since) > 400*time.Millisecond {
+			break
+		}
+	}
+	return last
 }
 
 // Counts is the number of objects of each kind.
@@ -123,8 +142,7 @@ func mountsBelow(dir string) []string {
 	return out
 }
 
-// links of the host namespace that carry the node's network name as name
-// prefix or alias, or whose peer is gone from its list of pods.
+// links of the host namespace that carry the node's mark.
 func (n *Node) links() []string {
 	all, err := netlink.LinkList()
 	if err != nil {
@@ -133,7 +151,7 @@ func (n *Node) links() []string {
 	var out []string
 	for _, l := range all {
 		a := l.Attrs()
-		if strings.Contains(a.Alias, n.Config.Name) || strings.HasPrefix(a.Name, n.Config.Name) {
+		if n.owns(a) {
 			out = append(out, a.Name+" "+a.Alias)
 		}
 	}
@@ -330,4 +348,36 @@ func UnmountBelow(dir string) error {
 		}
 	}
 	return fmt.Errorf("unmount below %s: %v still mounted", dir, mountsBelow(dir))
+}
+
+// ForgetNetwork removes what the node keeps in the host's network namespace:
+// links, the addresses of its pod ranges on lo, nftables tables. It is for a
+// node that is over, or to simulate a reboot.
+func (n *Node) ForgetNetwork() {
+	links, _ := netlink.LinkList()
+	for _, l := range links {
+		if n.owns(l.Attrs()) {
+			netlink.LinkDel(l)
+		}
+	}
+	n.deleteTables()
+	lo, err := netlink.LinkByName("lo")
+	if err != nil {
+		return
+	}
+	addrs, _ := netlink.AddrList(lo, netlink.FAMILY_ALL)
+	for _, a := range addrs {
+		for _, c := range n.Config.PodCIDRs {
+			if p, err := netip.ParsePrefix(c); err == nil {
+				if ip, ok := netip.AddrFromSlice(a.IP); ok && p.Contains(ip.Unmap()) {
+					netlink.AddrDel(lo, &a)
+				}
+			}
+		}
+	}
+}
+
+// owns tells the node's links by the mark in their alias.
+func (n *Node) owns(a *netlink.LinkAttrs) bool {
+	return strings.HasPrefix(a.Alias, "nodeagent ") && (strings.Contains(a.Alias+" ", " instance="+n.Config.Name+" ") || strings.Contains(a.Alias, n.Config.Dir))
 }

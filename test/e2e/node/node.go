@@ -13,6 +13,7 @@
 package node
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"errors"
@@ -50,6 +51,10 @@ type Config struct {
 
 	Env     []string // added to the daemon's environment
 	Wrapper []string // command put before the binary: unshare -m ..., prlimit ...
+
+	// OnLog is called with each line the daemon logs, from one goroutine per
+	// daemon. The line reaches the log file after it returns.
+	OnLog func(line string)
 
 	// Cgroup paths whose cgroup.procs the daemon joins before it executes.
 	Cgroups []string
@@ -205,23 +210,65 @@ func (n *Node) Launch() error {
 	args := append(append([]string{}, n.Config.Wrapper...), n.Config.Binary, "run", "--config", n.ConfigPath())
 	cmd := exec.Command(args[0], args[1:]...)
 	cmd.Stdout, cmd.Stderr = n.log, n.log
+	var lines, write *os.File
+	if n.Config.OnLog != nil {
+		if lines, write, err = os.Pipe(); err != nil {
+			return err
+		}
+		cmd.Stdout, cmd.Stderr = write, write
+	}
 	cmd.Env = append(os.Environ(), n.Config.Env...)
 	// Its own session: a Ctrl-C at the test must not reach it, and it must not
 	// share the test's terminal.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	if err := n.startIn(cmd); err != nil {
+	err = n.startIn(cmd)
+	if write != nil {
+		write.Close()
+	}
+	if err != nil {
 		n.log.Close()
 		return fmt.Errorf("start daemon %s: %w", n.Config.Binary, err)
 	}
 	done := make(chan struct{})
 	n.cmd, n.done = cmd, done
 	log := n.log
+	read := make(chan struct{})
+	go func() {
+		defer close(read)
+		if lines != nil {
+			n.follow(lines, log)
+		}
+	}()
+	if lines == nil {
+		log.Close() // the daemon has its own
+	}
 	go func() {
 		cmd.Wait()
-		log.Close()
+		// A shim may have inherited the pipe: its end does not wait for it.
+		select {
+		case <-read:
+		case <-time.After(100 * time.Millisecond):
+		}
 		close(done)
 	}()
 	return nil
+}
+
+// follow passes the daemon's lines on until no process writes any more.
+func (n *Node) follow(lines, log *os.File) {
+	defer lines.Close()
+	defer log.Close()
+	r := bufio.NewReader(lines)
+	for {
+		line, err := r.ReadString('\n')
+		if line != "" {
+			n.Config.OnLog(line)
+			log.WriteString(line)
+		}
+		if err != nil {
+			return
+		}
+	}
 }
 
 // startIn starts cmd inside the configured cgroups, from the first
@@ -415,7 +462,7 @@ func (n *Node) Destroy(ctx context.Context) error {
 	n.mu.Unlock()
 	err = errors.Join(err, n.KillShim(ctx))
 	err = errors.Join(err, UnmountBelow(n.Config.Dir))
-	n.deleteTables()
+	n.ForgetNetwork()
 	if e := os.RemoveAll(n.Config.Dir); e != nil {
 		err = errors.Join(err, e)
 	}

@@ -75,13 +75,14 @@ func parse(path string) (*libcni.NetworkConfigList, error) {
 	if filepath.Ext(path) == ".conflist" {
 		return libcni.NetworkConfFromFile(path)
 	}
-	// Single configurations are deprecated in CNI but still what many nodes have.
-	conf, err := libcni.ConfFromFile(path) //nolint:staticcheck
+	//lint:ignore SA1019 single configurations are deprecated but still what many nodes have
+	conf, err := libcni.ConfFromFile(path)
 	if err != nil {
 		return nil, err
 	}
 	if conf.Network.Type == "" {
 		return nil, fmt.Errorf("no plugin type in it")
 	}
-	return libcni.ConfListFromConf(conf) //nolint:staticcheck
+	//lint:ignore SA1019 see above
+	return libcni.ConfListFromConf(conf)
 }

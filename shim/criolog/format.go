@@ -37,13 +37,12 @@ type batch struct {
 //
 //	2006-01-02T15:04:05.000000000Z stdout F text
 //
-// and returns dst and how many bytes of src it used. A line longer than max is
+// and returns dst, how many bytes of src it used and how many lines it made. A line longer than max is
 // cut in pieces tagged P. Bytes after the last newline stay unused, unless
 // final is set: then they become a line tagged P. It stops after the line with
 // which dst has limit bytes (0: no limit).
-func (b batch) appendLines(dst, src []byte, final bool, limit int) ([]byte, int) {
+func (b batch) appendLines(dst, src []byte, final bool, limit int) (_ []byte, used, lines int) {
 	var (
-		used  int
 		clock = stamp{ns: b.at}
 		full  = " " + b.stream.String() + " F "
 		part  = " " + b.stream.String() + " P "
@@ -63,7 +62,7 @@ func (b batch) appendLines(dst, src []byte, final bool, limit int) ([]byte, int)
 		case final:
 			tag, line, next = part, rest, len(rest)
 		default:
-			return dst, used
+			return dst, used, lines
 		}
 		dst = clock.append(dst)
 		dst = append(dst, tag...)
@@ -71,11 +70,12 @@ func (b batch) appendLines(dst, src []byte, final bool, limit int) ([]byte, int)
 		dst = append(dst, '\n')
 		used += next
 		clock.ns++
+		lines++
 		if limit > 0 && len(dst) >= limit {
 			break
 		}
 	}
-	return dst, used
+	return dst, used, lines
 }
 
 // stamp prints ns as RFC 3339 with nine digits of fraction in UTC; it keeps

@@ -81,6 +81,7 @@ type Log struct {
 	record   *os.File
 	spool    [streams][2]*os.File
 	size     [streams]int64 // of the active spool
+	last     int64          // no line has a later time, ns
 	pending  bool           // st describes a write that is not done
 	closed   bool
 	complain bool // the log could not be written and that was said
@@ -202,7 +203,14 @@ func (l *Log) recover() error {
 		done = 0
 	}
 	if _, err := file.Write(out[done:]); err != nil {
-		return err
+		if !full(err) {
+			return err
+		}
+		// No space: as if the write had not begun.
+		if err := unix.Ftruncate(int(file.Fd()), l.st.size); err != nil {
+			return os.NewSyscallError("ftruncate", err)
+		}
+		p.to = p.from
 	}
 	return l.settle()
 }
@@ -213,7 +221,7 @@ func (l *Log) replay(p *position) ([]byte, error) {
 	if _, err := l.spool[l.st.stream][p.active].ReadAt(src, p.from); err != nil {
 		return nil, fmt.Errorf("read spool: %w", err)
 	}
-	out, _ := l.batch(l.st.stream, l.st.at).appendLines(nil, src, true, 0)
+	out, _, _ := l.batch(l.st.stream, l.st.at).appendLines(nil, src, true, 0)
 	return out, nil
 }
 
@@ -363,6 +371,7 @@ func (l *Log) write(s Stream, final bool) error {
 	if len(p.in) <= l.cfg.MaxLine {
 		p.in = make([]byte, l.cfg.MaxLine+1)
 	}
+	limit := outLimit
 	for l.st.pos[s].to < l.size[s] {
 		src := p.in[:min(int64(len(p.in)), l.size[s]-l.st.pos[s].to)]
 		f := l.spool[s][l.st.pos[s].active]
@@ -370,22 +379,32 @@ func (l *Log) write(s Stream, final bool) error {
 			return fmt.Errorf("read spool: %w", err)
 		}
 		last := l.st.pos[s].to+int64(len(src)) == l.size[s]
-		at := l.cfg.Now().UnixNano()
-		out, used := l.batch(s, at).appendLines(p.out[:0], src, final && last, outLimit)
+		at := max(l.cfg.Now().UnixNano(), l.last+1)
+		out, used, lines := l.batch(s, at).appendLines(p.out[:0], src, final && last, limit)
 		p.out = out
 		if used == 0 {
 			return nil
 		}
-		if err := l.commit(s, at, int64(used), out); err != nil {
+		l.last = at + int64(lines)
+		switch err := l.commit(s, at, int64(used), out, lines == 1); err {
+		case nil:
+		case errSmaller:
+			limit = max(len(out)/4, 1)
+		default:
 			return err
 		}
 	}
 	return nil
 }
 
-// commit writes out, made of the next used bytes of s, to the log. It only
-// fails when the Log is closed meanwhile; the write is then still to be done.
-func (l *Log) commit(s Stream, at, used int64, out []byte) error {
+// errSmaller says that a write had to wait for space: try with less.
+var errSmaller = errors.New("write less")
+
+// commit writes out, made of the next used bytes of s, to the log. When it
+// cannot be written it waits; a single line is tried until it can, of more
+// nothing is written then and the error is errSmaller. It is os.ErrClosed when
+// the Log is closed meanwhile; the write is then still to be done.
+func (l *Log) commit(s Stream, at, used int64, out []byte, single bool) error {
 	l.st.stream, l.st.at, l.st.expect = s, at, int64(len(out))
 	l.st.pos[s].from, l.st.pos[s].to = l.st.pos[s].to, l.st.pos[s].to+used
 	l.st.pos[1-s].from = l.st.pos[1-s].to
@@ -393,18 +412,29 @@ func (l *Log) commit(s Stream, at, used int64, out []byte) error {
 	for delay := 10 * time.Millisecond; ; delay = min(2*delay, time.Second) {
 		err := l.begin()
 		if err == nil {
-			if err = l.append(out); err == nil {
-				l.pending = false
-				if l.complain {
-					l.complain = false
-					l.cfg.Log.Info("container log can be written again", "path", l.cfg.Path)
-				}
-				return nil
-			}
+			err = l.append(out)
+		}
+		if err == nil {
+			l.written()
+			return nil
 		}
 		if err := l.pause(err, delay); err != nil {
 			return err
 		}
+		if !single {
+			l.pending = false
+			l.st.expect = 0
+			l.st.pos[s].to = l.st.pos[s].from
+			return errSmaller
+		}
+	}
+}
+
+func (l *Log) written() {
+	l.pending = false
+	if l.complain {
+		l.complain = false
+		l.cfg.Log.Info("container log can be written again", "path", l.cfg.Path)
 	}
 }
 

@@ -5,6 +5,7 @@ import (
 	"go/parser"
 	"go/token"
 	"path/filepath"
+	"slices"
 	"testing"
 )
 
@@ -137,6 +138,34 @@ func rootOf(e ast.Expr) *ast.Ident {
 			e = x.X
 		default:
 			return nil
+		}
+	}
+}
+
+func TestCodesAreMadeAtTheEdges(t *testing.T) {
+	for _, s := range sources(t) {
+		name := filepath.Join(s.folder, filepath.Base(s.set.Position(s.file.Pos()).Filename))
+		for _, imported := range s.file.Imports {
+			if imported.Path.Value == `"google.golang.org/grpc/codes"` && !slices.Contains(codeFiles, name) {
+				t.Errorf("%s: gRPC codes; give the error a class of errdefs", s.at(imported))
+			}
+		}
+	}
+}
+
+func TestFunctionsAreSmall(t *testing.T) {
+	for _, s := range sources(t) {
+		for _, d := range s.file.Decls {
+			fn, ok := d.(*ast.FuncDecl)
+			if !ok {
+				continue
+			}
+			if n := s.set.Position(fn.End()).Line - s.at(fn).Line; n > maxLines {
+				t.Errorf("%s: %s has %d lines", s.at(fn), fn.Name.Name, n)
+			}
+			if n := fn.Type.Params.NumFields(); n > maxParameters {
+				t.Errorf("%s: %s has %d parameters", s.at(fn), fn.Name.Name, n)
+			}
 		}
 	}
 }

@@ -319,7 +319,7 @@ func (s *Server) execSync(ctx context.Context, req *api.ExecSyncRequest) (*api.E
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	x := &session{id: req.Session, c: c, close: cancel, done: make(chan struct{})}
-	if err := s.sessions.add(x); err != nil {
+	if err := s.begin(x); err != nil {
 		return nil, err
 	}
 	keep := false

@@ -67,7 +67,8 @@ type Server struct {
 	containers map[string]*container
 	exits      map[string]record.Exit // on disk and not forgotten
 	followers  map[*follower]struct{}
-	stop       chan struct{} // closed by Shutdown
+	aborted    map[string]time.Time // tokens and sessions ended before they began
+	stop       chan struct{}        // closed by Shutdown
 }
 
 // New returns a server that has not looked at anything yet; see Adopt.
@@ -80,6 +81,7 @@ func New(cfg Config) (*Server, error) {
 		containers: map[string]*container{},
 		exits:      map[string]record.Exit{},
 		followers:  map[*follower]struct{}{},
+		aborted:    map[string]time.Time{},
 		stop:       make(chan struct{}),
 	}
 	s.sessions.m = map[string]*session{}
@@ -102,6 +104,24 @@ func (s *Server) get(id string) (*container, error) {
 		return nil, fmt.Errorf("container %q: %w", id, errdefs.ErrNotFound)
 	}
 	return c, nil
+}
+
+// abortAhead notes that a call is to be undone that has not come yet: its
+// request and the one to undo it may overtake each other. The caller holds mu.
+func (s *Server) abortAhead(token string) {
+	for t, at := range s.aborted {
+		if time.Since(at) > time.Minute {
+			delete(s.aborted, t)
+		}
+	}
+	s.aborted[token] = time.Now()
+}
+
+// abortedAhead says whether abortAhead was called for it. The caller holds mu.
+func (s *Server) abortedAhead(token string) bool {
+	_, ok := s.aborted[token]
+	delete(s.aborted, token)
+	return ok
 }
 
 // loadExits reads the exit records. One that cannot be read stays and is said.

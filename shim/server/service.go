@@ -74,6 +74,9 @@ func (v service) Start(ctx context.Context, r *api.StartRequest) (*api.Container
 func (v service) Abort(ctx context.Context, r *api.AbortRequest) (*api.Empty, error) {
 	v.s.mu.Lock()
 	c := v.s.containers[r.Id]
+	if c == nil {
+		v.s.abortAhead(r.Token)
+	}
 	v.s.mu.Unlock()
 	if c == nil || c.token != r.Token || r.Token == "" {
 		return &api.Empty{}, nil
@@ -230,7 +233,22 @@ func (v service) ExecOutput(_ context.Context, r *api.ExecOutputRequest) (*api.E
 }
 
 func (v service) CancelExec(_ context.Context, r *api.SessionRequest) (*api.Empty, error) {
+	v.s.mu.Lock()
+	if _, err := v.s.sessions.get(r.Session); err != nil {
+		v.s.abortAhead(r.Session)
+	}
+	v.s.mu.Unlock()
 	return v.closeSession(r.Session)
+}
+
+// begin registers a session, unless its end came first.
+func (s *Server) begin(x *session) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.abortedAhead(x.id) {
+		return fmt.Errorf("session %q: %w", x.id, context.Canceled)
+	}
+	return s.sessions.add(x)
 }
 
 func (v service) Exec(_ context.Context, r *api.StreamRequest) (*api.Empty, error) {

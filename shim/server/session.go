@@ -213,7 +213,7 @@ func (s *Server) execStream(req *api.StreamRequest) error {
 		e, err = s.execPipes(c, lp, p)
 	}
 	if err == nil {
-		if err = s.sessions.add(x); err != nil {
+		if err = s.begin(x); err != nil {
 			e.kill()
 		}
 	}
@@ -351,7 +351,7 @@ func (s *Server) attach(req *api.StreamRequest) error {
 	over := make(chan struct{})
 	x := &session{id: req.Session, c: c, tty: c.io.tty, done: make(chan struct{})}
 	x.close = func() { once.Do(func() { close(over) }) }
-	if err := s.sessions.add(x); err != nil {
+	if err := s.begin(x); err != nil {
 		p.closeAll()
 		return err
 	}

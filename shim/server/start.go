@@ -37,6 +37,10 @@ func (s *Server) start(ctx context.Context, req *api.StartRequest) (*container, 
 		return nil, fmt.Errorf("start container %q: the id must be 1 to 200 of A-Z a-z 0-9 _ + - . : %w", req.Id, errdefs.ErrInvalidArgument)
 	}
 	s.mu.Lock()
+	if s.abortedAhead(req.Token) {
+		s.mu.Unlock()
+		return nil, fmt.Errorf("start container %q: %w", req.Id, context.Canceled)
+	}
 	c, found := s.containers[req.Id]
 	if !found {
 		if _, ok := s.exits[req.Id]; ok {

@@ -53,16 +53,27 @@ func sleep(ctx context.Context, d time.Duration) bool {
 }
 
 func (s *Store) collectLogged(ctx context.Context) {
-	if err := s.GC(ctx); err != nil && ctx.Err() == nil && !errdefs.IsFailedPrecondition(err) {
+	err := s.GC(ctx)
+	if ctx.Err() != nil || errdefs.IsFailedPrecondition(err) {
+		err = nil
+	}
+	if err != nil {
 		s.log.Error("image garbage collection failed", "err", err)
 	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.retryGC = err != nil
 }
 
-// nextExpiry is the time until the remains of a failed pull are due.
+// nextExpiry is the time until the remains of a failed pull are due, or a
+// failed collection is tried again.
 func (s *Store) nextExpiry() time.Duration {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	next := time.Hour
+	if s.retryGC {
+		next = 10 * time.Second
+	}
 	for _, at := range s.partial {
 		next = min(next, max(time.Until(at), time.Second))
 	}
@@ -94,13 +105,17 @@ func (s *Store) syncLayers(id string) {
 	if err != nil {
 		s.log.Error("sync of image layers failed", "image", id, "err", err)
 	}
-	s.mu.Lock()
-	busy := len(s.flights) > 0
-	s.mu.Unlock()
-	if !busy {
+	if s.idle() {
 		// The buffers of the pull would stay with us for minutes.
 		debug.FreeOSMemory()
 	}
+}
+
+// idle reports whether no pull or import is in flight.
+func (s *Store) idle() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.active == 0
 }
 
 // GC collects now: images without name and owner, the remains of failed pulls
@@ -119,6 +134,12 @@ func (s *Store) GC(ctx context.Context) error {
 	}
 	if err := s.dropPartial(ctx); err != nil {
 		return fmt.Errorf("collect images: %w", err)
+	}
+	// What a pull that begins after this check notes down is younger than that.
+	if before := time.Now().Add(-time.Second); s.idle() {
+		if err := s.dropTornIngests(before); err != nil {
+			return fmt.Errorf("collect images: %w", err)
+		}
 	}
 	if _, err := s.db.GarbageCollect(ctx); err != nil {
 		return fmt.Errorf("collect images: %w", err)
@@ -156,7 +177,8 @@ func (s *Store) dropViews(ctx context.Context) error {
 			return err
 		}
 		if err := s.state.synced(id); err != nil {
-			return err
+			// Of no harm: the next boot will look for layers that are gone.
+			s.log.Warn("cannot note that an image is gone", "image", id, "err", err)
 		}
 	}
 	return nil

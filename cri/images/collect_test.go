@@ -2,6 +2,7 @@ package images
 
 import (
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -400,4 +401,45 @@ func TestTornImageWithoutBlobsIsForgotten(t *testing.T) {
 	f.gone(ref)
 	f.pull(ref)
 	f.layers(img.ID())
+}
+
+// With no byte left on the disk, removing an image still works: it is what
+// makes room.
+func TestRemoveOnFullDisk(t *testing.T) {
+	needRoot(t)
+	disk := t.TempDir()
+	if err := syscall.Mount("tmpfs", disk, "tmpfs", 0, "size=24M"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { syscall.Unmount(disk, syscall.MNT_DETACH) })
+	f := setup(t, func(c *Config) { c.Root = filepath.Join(disk, "images") })
+	f.root = disk
+	var refs []string
+	for i := range 3 {
+		refs = append(refs, f.push(fmt.Sprintf("a:v%d", i), big(t, uint64(60+i), 1<<20)))
+		f.pull(refs[i])
+	}
+	f.gc()
+	junk := must(os.Create(filepath.Join(disk, "junk")))(t)
+	defer junk.Close()
+	for n := 1 << 20; n > 0; n /= 2 {
+		for {
+			if _, err := junk.Write(make([]byte, n)); err != nil {
+				break
+			}
+		}
+	}
+	if _, err := junk.Write([]byte{0}); !errors.Is(err, syscall.ENOSPC) {
+		t.Fatalf("the disk is not full: %v", err)
+	}
+	f.pullErr(f.push("b:v1", small(t, "x")), errdefs.ErrResourceExhausted)
+	for _, ref := range refs {
+		if err := f.store.Remove(t.Context(), ref); err != nil {
+			t.Fatal(err)
+		}
+		f.gone(ref)
+	}
+	f.eventually("room is made", func() bool { return len(f.leftovers()) < 3 })
+	f.wantEmpty()
+	f.pull(f.ref("b:v1"))
 }

@@ -43,8 +43,14 @@ func (s *Store) Import(ctx context.Context, path string, opts ImportOptions) ([]
 		return nil, fmt.Errorf("import %q: image store is closed: %w", path, errdefs.ErrUnavailable)
 	}
 	s.pulls.Add(1)
+	s.active++
 	s.mu.Unlock()
-	defer s.pulls.Done()
+	defer func() {
+		s.mu.Lock()
+		s.active--
+		s.mu.Unlock()
+		s.pulls.Done()
+	}()
 
 	lease := leases.Lease{ID: "import-" + rand.Text()}
 	if _, err := s.leases.Create(ctx, leases.WithID(lease.ID)); err != nil {

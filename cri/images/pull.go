@@ -92,10 +92,12 @@ func (s *Store) join(named reference.Named, opts PullOptions) (_ *flight, leave 
 		f = &flight{cancel: cancel, report: newReporter(key.ref), done: make(chan struct{})}
 		s.flights[key] = f
 		s.pulls.Add(1)
+		s.active++
 		go func() {
 			defer s.pulls.Done()
 			f.img, f.err = s.pull(ctx, cancel, named, opts.Auth, f.report)
 			s.mu.Lock()
+			s.active--
 			if s.flights[key] == f {
 				delete(s.flights, key)
 			}

@@ -128,6 +128,7 @@ func TestPullFaults(t *testing.T) {
 		"layer is dropped always": {registry.Fault{Path: layer, Drop: true}, errdefs.ErrUnavailable, ""},
 	} {
 		t.Run(name, func(t *testing.T) {
+			t.Parallel()
 			f := setup(t, func(c *Config) { c.ProgressTimeout = 300 * time.Millisecond })
 			ref := f.push("app:v1", img)
 			f.reg.Inject(c.fault)

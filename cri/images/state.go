@@ -81,6 +81,12 @@ func (f *stateFile) unsynced(id string) error {
 
 // synced notes that the layers of id are on disk, or gone.
 func (f *stateFile) synced(id string) error {
+	f.mu.Lock()
+	known := f.rec.Unsynced[id] || f.rec.Torn[id]
+	f.mu.Unlock()
+	if !known {
+		return nil
+	}
 	return f.change(func() { delete(f.rec.Unsynced, id); delete(f.rec.Torn, id) })
 }
 

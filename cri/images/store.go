@@ -125,6 +125,8 @@ type Store struct {
 	byRef    map[string]string // name -> ID
 	owners   map[string]string // owner -> ID
 	flights  map[flightKey]*flight
+	active   int                  // pulls and imports that have not ended
+	retryGC  bool                 // the last collection failed
 	partial  map[string]time.Time // leases of failed pulls -> when to drop them
 	restored bool
 	swept    bool // the collection that looks for orphans has been
@@ -190,7 +192,7 @@ func (s *Store) open() (err error) {
 			bdb.Close()
 		}
 	}()
-	if err := dropTornIngests(filepath.Join(s.cfg.Root, "content", "ingest")); err != nil {
+	if err := s.dropTornIngests(time.Now()); err != nil {
 		return err
 	}
 	cs, err := local.NewStore(filepath.Join(s.cfg.Root, "content"))
@@ -264,9 +266,11 @@ func openSnapshotter(ctx context.Context, root string) (_ snapshots.Snapshotter,
 	return overlay.NewSnapshotter(root, overlay.AsynchronousRemove, overlay.WithUpperdirLabel, overlay.WithMetaStore(ms))
 }
 
-// dropTornIngests removes partial downloads that a killed process had only
-// begun to note down; the content store cannot name them.
-func dropTornIngests(dir string) error {
+// dropTornIngests removes partial downloads that a process had only begun to
+// note down before that time, when it was killed or the disk was full; the
+// content store cannot name them. No pull of that time may be in flight.
+func (s *Store) dropTornIngests(before time.Time) error {
+	dir := filepath.Join(s.cfg.Root, "content", "ingest")
 	entries, err := os.ReadDir(dir)
 	if err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("list partial downloads: %w", err)
@@ -274,6 +278,9 @@ func dropTornIngests(dir string) error {
 	for _, e := range entries {
 		path := filepath.Join(dir, e.Name())
 		if st, err := os.Stat(filepath.Join(path, "ref")); err == nil && st.Size() > 0 {
+			continue
+		}
+		if st, err := os.Stat(path); err != nil || st.ModTime().After(before) {
 			continue
 		}
 		if err := os.RemoveAll(path); err != nil {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"log/slog"
 	"net"
 	"net/netip"
 	"os"
@@ -686,4 +687,19 @@ func TestRouterAdvertisementsOfPods(t *testing.T) {
 		}
 		return err
 	})
+}
+
+func TestWarnsOfFirewall(t *testing.T) {
+	l := lab.New(t)
+	lab.In(t, l.Node, func() error {
+		return exec.Command("nft", "table ip filter { chain FORWARD { type filter hook forward priority 0; policy drop; }; chain INPUT { type filter hook input priority 0; policy drop; }; }").Run()
+	})
+	var log strings.Builder
+	n := newNetwork(t, l, func(c *Config) { c.Log = slog.New(slog.NewTextHandler(&log, nil)) })
+	if err := n.Status(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	if s := log.String(); !strings.Contains(s, "[ip filter FORWARD]") && !strings.Contains(s, `"[ip filter FORWARD]"`) || strings.Contains(s, "INPUT") {
+		t.Errorf("log %q", s)
+	}
 }

@@ -43,6 +43,7 @@ func (n *Network) prepare(ctx context.Context) (*node, error) {
 	if err := n.hostAddresses(nd); err != nil {
 		return nil, fmt.Errorf("prepare the host for pods: %w", err)
 	}
+	n.warnOfFirewall()
 	n.nat.Ranges(n.cidr.all())
 	if n.cfg.Masquerade {
 		if err := n.nat.Masquerade(n.cidr.all(), n.cfg.NoMasquerade); err != nil {
@@ -51,6 +52,16 @@ func (n *Network) prepare(ctx context.Context) (*node, error) {
 	}
 	n.node = nd
 	return nd, nil
+}
+
+// warnOfFirewall says when a firewall of others stands in the pods' way.
+func (n *Network) warnOfFirewall() {
+	drops, err := n.nat.ForwardDrops()
+	if err != nil || len(drops) == 0 {
+		return // without nftables that is said when it is needed
+	}
+	n.log.Warn("a firewall drops forwarded packets: allow the pods' ranges there, or they reach nothing outside the host",
+		"chains", drops, "ranges", n.cidr.all())
 }
 
 // inspect reads what the host has: IPv6, MTU, and whether the pods' ranges are free.

@@ -349,6 +349,32 @@ type Pod struct {
 	Ports []Port
 }
 
+// ForwardDrops lists chains of others ("ip filter FORWARD") that drop forwarded packets unless a rule accepts them. No
+// rule of ours can overrule one: pods reach nothing outside as long as it has no rule for them.
+func (t *Table) ForwardDrops() ([]string, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	c, err := t.conn()
+	if err != nil {
+		return nil, err
+	}
+	chains, err := c.ListChains()
+	if err != nil {
+		t.hangUp()
+		return nil, fmt.Errorf("list nftables chains: %w", unsupported(err))
+	}
+	names := map[nftables.TableFamily]string{nftables.TableFamilyIPv4: "ip", nftables.TableFamilyIPv6: "ip6", nftables.TableFamilyINet: "inet"}
+	var drops []string
+	for _, ch := range chains {
+		family, ours := names[ch.Table.Family], ch.Table.Name == t.cfg.Table
+		if family == "" || ours || ch.Hooknum == nil || *ch.Hooknum != *nftables.ChainHookForward || ch.Policy == nil || *ch.Policy != nftables.ChainPolicyDrop {
+			continue
+		}
+		drops = append(drops, family+" "+ch.Table.Name+" "+ch.Name)
+	}
+	return drops, nil
+}
+
 // Sync makes the host ports those of pods, and beside them only those that are there and lead to a pod address
 // that keep names. Ports that two pods want stay with the first of them; the error names the rest.
 func (t *Table) Sync(pods []Pod, keep func(pod netip.Addr) bool) error {

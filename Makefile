@@ -37,7 +37,7 @@ GOBUILD := $(GO) build -trimpath $(VCS) -ldflags '-s -w'
 
 # --- Debian packages ----------------------------------------------------------
 BUILD_PACKAGES := gcc libc6-dev libseccomp-dev pkg-config ca-certificates
-TEST_PACKAGES := busybox-static nftables iproute2 iptables containernetworking-plugins
+TEST_PACKAGES := busybox-static nftables iproute2 containernetworking-plugins
 BENCH_PACKAGES := containerd runc crun iptables
 
 # $(call packages,names,command): installs those of the names that are missing;

@@ -406,7 +406,7 @@ func TestProgressWithoutTerminal(t *testing.T) {
 func TestProgressOnTerminal(t *testing.T) {
 	var b bytes.Buffer
 	p := newProgress(&b)
-	p.width = 60
+	p.width, p.rows = 60, 24
 	p.update(layer("a", images.Downloading, 5))
 	p.update(layer("b", images.Downloaded, 10))
 	b.Reset()
@@ -418,5 +418,30 @@ func TestProgressOnTerminal(t *testing.T) {
 	}
 	if !strings.HasPrefix(b.String(), "\x1b[2A") {
 		t.Errorf("%q does not go back over the two lines drawn before", b.String())
+	}
+}
+
+// TestProgressOnSmallTerminal: more layers than rows are not a scrolling mess.
+func TestProgressOnSmallTerminal(t *testing.T) {
+	var b bytes.Buffer
+	p := newProgress(&b)
+	p.width, p.rows = 60, 10
+	for i := range 40 {
+		p.update(layer(fmt.Sprint(i), images.Downloading, 5))
+		if i%3 == 0 {
+			p.update(layer(fmt.Sprint(i), images.Unpacked, 10))
+		}
+	}
+	for i := range 40 {
+		before := p.drawn
+		p.update(layer(fmt.Sprint(i), images.Unpacked, 10))
+		if p.drawn < before || p.drawn >= p.rows {
+			t.Fatalf("%d lines drawn over %d on %d rows", p.drawn, before, p.rows)
+		}
+	}
+	for _, up := range regexp.MustCompile("\x1b\\[(\\d+)A").FindAllStringSubmatch(b.String(), -1) {
+		if len(up[1]) > 1 {
+			t.Errorf("goes up %s lines on %d rows", up[1], p.rows)
+		}
 	}
 }

@@ -17,6 +17,7 @@ type progress struct {
 	w     io.Writer
 	style style
 	width int // of the terminal in columns; 0: no terminal
+	rows  int // of the terminal
 
 	layers []images.Progress
 	at     map[digest.Digest]int // index into layers
@@ -30,7 +31,7 @@ const redrawInterval = 60 * time.Millisecond
 func newProgress(w io.Writer) *progress {
 	p := &progress{w: w, style: styleFor(w), at: map[digest.Digest]int{}}
 	if f, ok := w.(*os.File); ok {
-		p.width = terminalWidth(f)
+		p.width, p.rows = terminalSize(f)
 	}
 	return p
 }
@@ -70,11 +71,35 @@ func (p *progress) draw() {
 	if p.drawn > 0 {
 		fmt.Fprintf(&b, "\x1b[%dA", p.drawn)
 	}
-	for _, l := range p.layers {
-		fmt.Fprintf(&b, "\r\x1b[K%s\n", p.line(l))
+	lines := p.lines()
+	for _, l := range lines {
+		fmt.Fprintf(&b, "\r\x1b[K%s\n", l)
 	}
-	p.drawn = len(p.layers)
+	p.drawn = len(lines)
 	io.WriteString(p.w, b.String())
+}
+
+// lines are as many as the terminal can show and redraw: if there are more
+// layers, those that are not finished, and the number of the others.
+func (p *progress) lines() []string {
+	room := max(2, p.rows-1)
+	var lines []string
+	if len(p.layers) <= room {
+		for _, l := range p.layers {
+			lines = append(lines, p.line(l))
+		}
+		return lines
+	}
+	for _, l := range p.layers {
+		if l.Phase != images.Unpacked && len(lines) < room-1 {
+			lines = append(lines, p.line(l))
+		}
+	}
+	others := len(p.layers) - len(lines)
+	for len(lines) < room-1 && len(lines) < p.drawn-1 {
+		lines = append(lines, "") // never fewer lines than are on the screen
+	}
+	return append(lines, fmt.Sprintf("  %d of %d layers are not shown", others, len(p.layers)))
 }
 
 // line is one layer: id, phase, bar, bytes.

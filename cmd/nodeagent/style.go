@@ -31,17 +31,21 @@ func (s style) yellow(t string) string { return s.paint("33", t) }
 
 func isTerminal(w io.Writer) bool {
 	f, ok := w.(*os.File)
-	return ok && terminalWidth(f) > 0
+	if !ok {
+		return false
+	}
+	columns, _ := terminalSize(f)
+	return columns > 0
 }
 
-// terminalWidth is in columns; 0 if f is no terminal.
-func terminalWidth(f *os.File) int {
+// terminalSize is 0, 0 if f is no terminal.
+func terminalSize(f *os.File) (columns, rows int) {
 	ws, err := unix.IoctlGetWinsize(int(f.Fd()), unix.TIOCGWINSZ)
 	if err != nil {
-		return 0
+		return 0, 0
 	}
-	if ws.Col == 0 {
-		return 80 // a terminal that does not know, such as a serial line
+	if ws.Col == 0 || ws.Row == 0 {
+		return 80, 24 // a terminal that does not know, such as a serial line
 	}
-	return int(ws.Col)
+	return int(ws.Col), int(ws.Row)
 }

@@ -9,6 +9,7 @@ import (
 	"time"
 
 	"github.com/nodeagent/nodeagent/config"
+	"github.com/nodeagent/nodeagent/test/images"
 	"golang.org/x/sys/unix"
 )
 
@@ -32,7 +33,7 @@ func demoCommand(t *testing.T, args ...string) *exec.Cmd {
 		t.Fatal(err)
 	}
 	bin, tool := filepath.Join(top, "bin"), filepath.Join(top, "build/testtool")
-	for _, need := range []string{filepath.Join(bin, "nodeagent"), tool, busybox} {
+	for _, need := range []string{filepath.Join(bin, "nodeagent"), tool, images.DefaultBusybox} {
 		if _, err := os.Stat(need); err != nil {
 			t.Skipf("%v (make build makes it)", err)
 		}

@@ -2,9 +2,7 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"os"
 	"os/exec"
 	"path/filepath"
 	"regexp"
@@ -15,10 +13,7 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
-const (
-	busybox = "/bin/busybox" // Debian's busybox-static
-	page    = "<h1>Hello from a pod</h1>\n"
-)
+const page = "<h1>Hello from a pod</h1>\n"
 
 // imageServer is a registry on loopback with the demo's image.
 type imageServer struct {
@@ -30,7 +25,7 @@ type imageServer struct {
 func (d *demo) pull(ctx context.Context) error {
 	s := d.screen
 	s.step("The image", "busybox and our test tool, from a registry on loopback")
-	img, err := buildImage(d.tool)
+	img, err := buildImage(ctx, d.tool)
 	if err != nil {
 		return err
 	}
@@ -63,24 +58,16 @@ func (d *demo) pull(ctx context.Context) error {
 }
 
 // buildImage makes an image of three layers: busybox, the test tool, a page.
-func buildImage(tool string) (images.Image, error) {
-	if _, err := os.Stat(busybox); err != nil {
-		return images.Image{}, errors.New("no " + busybox + ": install Debian's busybox-static")
-	}
-	base := []images.Entry{
-		images.Dir("bin"), images.Dir("etc"), images.Dir("tmp"), images.Dir("www"),
-		images.Executable("bin/busybox", busybox),
-		images.File("etc/passwd", "root:x:0:0:root:/:/bin/sh\nnobody:x:65534:65534:nobody:/:/bin/false\n"),
-		images.File("etc/group", "root:x:0:\nnogroup:x:65534:\n"),
-	}
-	for _, applet := range []string{"sh", "cat", "echo", "sleep", "date", "httpd", "wget", "nc", "hostname", "id", "ip", "ls", "ps", "top", "vi", "ping", "nslookup", "grep", "env", "free", "df"} {
-		base = append(base, images.Symlink("bin/"+applet, "busybox"))
+func buildImage(ctx context.Context, tool string) (images.Image, error) {
+	base, err := images.Busybox(ctx, images.DefaultBusybox)
+	if err != nil {
+		return images.Image{}, err
 	}
 	var layers []images.Layer
 	for _, entries := range [][]images.Entry{
 		base,
 		{images.Executable("bin/testtool", tool)},
-		{images.File("www/index.html", page)},
+		{images.Dir("www"), images.File("www/index.html", page)},
 	} {
 		l, err := images.NewLayer(images.Gzip, entries...)
 		if err != nil {
@@ -88,7 +75,7 @@ func buildImage(tool string) (images.Image, error) {
 		}
 		layers = append(layers, l)
 	}
-	return images.New(images.Config{Env: []string{"PATH=/bin"}, Cmd: []string{"sh"}}, layers...)
+	return images.New(images.Config{Env: []string{"PATH=/bin:/sbin:/usr/bin:/usr/sbin"}, Cmd: []string{"sh"}}, layers...)
 }
 
 func serveImage(ctx context.Context, img images.Image) (*imageServer, error) {

@@ -44,8 +44,8 @@ func containerConfigs(image string) []*runtimeapi.ContainerConfig {
 		}
 	}
 	return []*runtimeapi.ContainerConfig{
-		of("web", "/bin/httpd", "-f", "-v", "-p", fmt.Sprint(webPort), "-h", "/www"),
-		of("counter", "/bin/sh", "-c", fmt.Sprintf(
+		of("web", "httpd", "-f", "-v", "-p", fmt.Sprint(webPort), "-h", "/www"),
+		of("counter", "sh", "-c", fmt.Sprintf(
 			`i=0; while :; do i=$((i+1)); echo "$i: $(testtool dial http 127.0.0.1:%d 2>&1)"; sleep 0.5; done`, webPort)),
 	}
 }

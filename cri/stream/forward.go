@@ -22,8 +22,8 @@ const lingerTimeout = 10 * time.Second
 
 // forward joins stream with a TCP connection to port on the pod's localhost.
 func (s *Server) forward(ctx context.Context, netns string, port int32, stream io.ReadWriteCloser) error {
-	if port < 1 || port > 65535 {
-		return fmt.Errorf("port %d: allowed is 1 to 65535: %w", port, errdefs.ErrInvalidArgument)
+	if err := checkPort(port); err != nil {
+		return err
 	}
 	conn, err := dialLocalhost(ctx, netns, uint16(port))
 	if err != nil {
@@ -32,10 +32,22 @@ func (s *Server) forward(ctx context.Context, netns string, port int32, stream i
 	defer conn.Close()
 	unlink := context.AfterFunc(ctx, func() { conn.Close() })
 	defer unlink()
+	// The end of a client's input looks the same as the end of its connection,
+	// and a pod that is silent would never write and fail.
+	done := make(chan struct{})
+	defer close(done)
+	gone := connectionGone(ctx)
+	s.background(func() {
+		select {
+		case <-done:
+		case <-gone:
+			conn.Close()
+		}
+	})
 
 	// What the client sends. It ends when the client closes its side, or, after
 	// this function, when the stream is closed.
-	sent, received := make(chan struct{}), make(chan struct{})
+	sent := make(chan struct{})
 	s.background(func() {
 		defer close(sent)
 		if _, err := io.Copy(conn, onlyReader{stream}); err != nil {
@@ -43,9 +55,7 @@ func (s *Server) forward(ctx context.Context, netns string, port int32, stream i
 			return
 		}
 		_ = conn.CloseWrite()
-		s.background(func() { probe(stream, conn, received) })
 	})
-	defer close(received)
 	_, err = io.Copy(onlyWriter{stream}, conn)
 	if ctx.Err() != nil {
 		return errStopping()
@@ -66,26 +76,11 @@ func (s *Server) forward(ctx context.Context, netns string, port int32, stream i
 	return nil
 }
 
-// probeInterval is how often a stream is tried whose client sends no more.
-const probeInterval = 15 * time.Second
-
-// probe closes conn when the client turns out to be gone: the end of its input
-// looks the same as the end of its connection, and a silent pod would never
-// write and fail.
-func probe(stream io.Writer, conn net.Conn, done <-chan struct{}) {
-	tick := time.NewTicker(probeInterval)
-	defer tick.Stop()
-	for {
-		select {
-		case <-done:
-			return
-		case <-tick.C:
-			if _, err := stream.Write(nil); err != nil {
-				conn.Close()
-				return
-			}
-		}
+func checkPort(port int32) error {
+	if port < 1 || port > 65535 {
+		return fmt.Errorf("port is %d: allowed is 1 to 65535: %w", port, errdefs.ErrInvalidArgument)
 	}
+	return nil
 }
 
 // onlyWriter hides ReadFrom.

@@ -1,6 +1,9 @@
 // Package stream serves exec, attach and port-forward: the CRI hands a client
 // (kubelet, crictl) a URL with a random one-time token, and the client comes
-// back on it with SPDY or WebSocket (k8s.io/cri-streaming).
+// back on it with SPDY or WebSocket. The protocols are k8s.io/cri-streaming's;
+// what it lacks and kubectl's and crictl's WebSocket clients insist on is here:
+// v5.channel.k8s.io for exec and attach, SPDY within a WebSocket for
+// port-forward.
 //
 // The back end gives and takes pipes: the package joins each stream of a
 // client with a pipe, closes what the other side closed (half-close), passes
@@ -21,7 +24,6 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
-	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -32,7 +34,6 @@ import (
 
 	"github.com/containerd/errdefs"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
-	"k8s.io/cri-streaming/pkg/streaming"
 	"k8s.io/cri-streaming/pkg/streaming/remotecommand"
 )
 
@@ -91,8 +92,10 @@ type Server struct {
 	log     *slog.Logger
 	runtime Runtime
 
+	tickets tickets
+
 	mu     sync.Mutex
-	urls   streaming.Server // nil unless Run is listening
+	base   *url.URL // nil unless Run is listening
 	cancel context.CancelFunc
 	ctx    context.Context // of Run: ends every session
 	open   sync.WaitGroup  // sessions and their copies
@@ -109,8 +112,8 @@ func New(c Config, r Runtime) (*Server, error) {
 	if r == nil {
 		return nil, fmt.Errorf("streaming without a runtime: %w", errdefs.ErrInvalidArgument)
 	}
-	defaultTo(&c.IdleTimeout, streaming.DefaultConfig.StreamIdleTimeout)
-	defaultTo(&c.CreationTimeout, streaming.DefaultConfig.StreamCreationTimeout)
+	defaultTo(&c.IdleTimeout, 4*time.Hour)
+	defaultTo(&c.CreationTimeout, remotecommand.DefaultStreamCreationTimeout)
 	defaultTo(&c.DrainTimeout, 500*time.Millisecond)
 	if c.Log == nil {
 		c.Log = slog.Default()
@@ -138,21 +141,14 @@ func (s *Server) Run(ctx context.Context) error {
 			base.Scheme = "https"
 		}
 	}
-	c := streaming.DefaultConfig
-	c.BaseURL, c.StreamIdleTimeout, c.StreamCreationTimeout = base, s.cfg.IdleTimeout, s.cfg.CreationTimeout
-	urls, err := streaming.NewServer(c, backend{s})
-	if err != nil {
-		l.Close()
-		return fmt.Errorf("make streaming server: %w", err)
-	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	s.start(ctx, cancel, urls)
+	s.start(ctx, cancel, base)
 	conns := watch(l)
 	defer s.stop(conns)
 
 	srv := &http.Server{
-		Handler:           urls,
+		Handler:           s.handler(),
 		TLSConfig:         s.cfg.TLS,
 		ReadHeaderTimeout: 30 * time.Second,
 		BaseContext:       func(net.Listener) context.Context { return ctx },
@@ -172,10 +168,10 @@ func (s *Server) Run(ctx context.Context) error {
 	return fmt.Errorf("serve streams on %s: %w", l.Addr(), err)
 }
 
-func (s *Server) start(ctx context.Context, cancel context.CancelFunc, urls streaming.Server) {
+func (s *Server) start(ctx context.Context, cancel context.CancelFunc, base *url.URL) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.ctx, s.cancel, s.urls = ctx, cancel, urls
+	s.ctx, s.cancel, s.base = ctx, cancel, base
 }
 
 // sayGoodbye is how long sessions have to tell their clients why they end.
@@ -185,7 +181,7 @@ const sayGoodbye = time.Second
 func (s *Server) stop(conns *watchedListener) {
 	s.mu.Lock()
 	s.cancel()
-	s.urls = nil
+	s.base = nil
 	s.mu.Unlock()
 	cut := time.AfterFunc(sayGoodbye, conns.closeAll)
 	s.open.Wait()
@@ -199,7 +195,7 @@ func (s *Server) stop(conns *watchedListener) {
 func (s *Server) begin(req context.Context) (ctx context.Context, end func(), ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.urls == nil || s.ctx.Err() != nil {
+	if s.base == nil || s.ctx.Err() != nil {
 		return nil, nil, false
 	}
 	s.open.Add(1)
@@ -212,73 +208,82 @@ func (s *Server) begin(req context.Context) (ctx context.Context, end func(), ok
 	}, true
 }
 
-func (s *Server) listening() (streaming.Server, error) {
+// url makes a ticket for request r and says where it is good.
+func (s *Server) url(kind string, r any) (string, error) {
 	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.urls == nil {
-		return nil, fmt.Errorf("streaming server is not listening: %w", errdefs.ErrUnavailable)
+	base := s.base
+	s.mu.Unlock()
+	if base == nil {
+		return "", fmt.Errorf("streaming server is not listening: %w", errdefs.ErrUnavailable)
 	}
-	return s.urls, nil
+	token, err := s.tickets.add(kind, r, time.Now())
+	if err != nil {
+		return "", err
+	}
+	return base.JoinPath(kind, token).String(), nil
 }
+
+// Kinds of request: the first element of a URL's path.
+const (
+	kindExec        = "exec"
+	kindAttach      = "attach"
+	kindPortForward = "portforward"
+)
 
 // GetExec returns a URL that is good for one connection within a minute.
 //
-// Errors: Unavailable before Run; gRPC InvalidArgument for wrong requests,
+// Errors: InvalidArgument for wrong requests, Unavailable before Run,
 // ResourceExhausted with 1,000 unused URLs.
 func (s *Server) GetExec(r *runtimeapi.ExecRequest) (*runtimeapi.ExecResponse, error) {
-	u, err := s.listening()
-	if err != nil {
+	if err := checkStreams("container_id", r.GetContainerId(), r.GetStdin(), r.GetStdout(), r.GetStderr(), r.GetTty()); err != nil {
 		return nil, err
 	}
-	return u.GetExec(r)
+	u, err := s.url(kindExec, r)
+	if err != nil {
+		return nil, fmt.Errorf("exec in container %q: %w", r.GetContainerId(), err)
+	}
+	return &runtimeapi.ExecResponse{Url: u}, nil
 }
 
 // GetAttach is like GetExec.
 func (s *Server) GetAttach(r *runtimeapi.AttachRequest) (*runtimeapi.AttachResponse, error) {
-	u, err := s.listening()
-	if err != nil {
+	if err := checkStreams("container_id", r.GetContainerId(), r.GetStdin(), r.GetStdout(), r.GetStderr(), r.GetTty()); err != nil {
 		return nil, err
 	}
-	return u.GetAttach(r)
+	u, err := s.url(kindAttach, r)
+	if err != nil {
+		return nil, fmt.Errorf("attach to container %q: %w", r.GetContainerId(), err)
+	}
+	return &runtimeapi.AttachResponse{Url: u}, nil
 }
 
 // GetPortForward is like GetExec.
 func (s *Server) GetPortForward(r *runtimeapi.PortForwardRequest) (*runtimeapi.PortForwardResponse, error) {
-	u, err := s.listening()
-	if err != nil {
+	if err := checkStreams("pod_sandbox_id", r.GetPodSandboxId(), true, true, false, false); err != nil {
 		return nil, err
 	}
-	return u.GetPortForward(r)
-}
-
-// backend is the Server as k8s.io/cri-streaming wants it.
-type backend struct{ s *Server }
-
-var _ streaming.Runtime = backend{}
-
-func (b backend) Exec(ctx context.Context, id string, cmd []string, in io.Reader, out, errw io.WriteCloser, tty bool, resize <-chan remotecommand.TerminalSize) error {
-	return b.s.session(ctx, clientStreams{in: in, out: out, err: errw, tty: tty, resize: resize}, func(ctx context.Context, p Pipes) (Session, error) {
-		return b.s.runtime.Exec(ctx, id, cmd, p)
-	})
-}
-
-func (b backend) Attach(ctx context.Context, id string, in io.Reader, out, errw io.WriteCloser, tty bool, resize <-chan remotecommand.TerminalSize) error {
-	return b.s.session(ctx, clientStreams{in: in, out: out, err: errw, tty: tty, resize: resize, attach: true}, func(ctx context.Context, p Pipes) (Session, error) {
-		return b.s.runtime.Attach(ctx, id, p)
-	})
-}
-
-func (b backend) PortForward(ctx context.Context, id string, port int32, stream io.ReadWriteCloser) error {
-	ctx, end, ok := b.s.begin(ctx)
-	if !ok {
-		return errStopping()
+	for _, p := range r.GetPort() {
+		if err := checkPort(p); err != nil {
+			return nil, err
+		}
 	}
-	defer end()
-	netns, err := b.s.runtime.Netns(ctx, id)
+	u, err := s.url(kindPortForward, r)
 	if err != nil {
-		return err
+		return nil, fmt.Errorf("forward ports of sandbox %q: %w", r.GetPodSandboxId(), err)
 	}
-	return b.s.forward(ctx, netns, port, stream)
+	return &runtimeapi.PortForwardResponse{Url: u}, nil
+}
+
+func checkStreams(field, id string, stdin, stdout, stderr, tty bool) error {
+	switch {
+	case id == "":
+		return fmt.Errorf("%s is empty: allowed is an id: %w", field, errdefs.ErrInvalidArgument)
+	case tty && stderr:
+		return fmt.Errorf("stderr is true: allowed with tty is false, a terminal is one stream: %w", errdefs.ErrInvalidArgument)
+	case !stdin && !stdout && !stderr:
+		return fmt.Errorf("stdin, stdout and stderr are false: allowed is at least one of them: %w", errdefs.ErrInvalidArgument)
+	}
+	return nil
 }
 
 func errStopping() error {

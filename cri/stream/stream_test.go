@@ -10,6 +10,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"net/http/httptest"
 	"net/url"
 	"os"
 	"os/exec"
@@ -120,7 +121,7 @@ func serve(t *testing.T, rt *processes) *Server {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- s.Run(ctx) }()
-	eventually(t, "listening", func() bool { _, err := s.listening(); return err == nil })
+	eventually(t, "listening", func() bool { s.mu.Lock(); defer s.mu.Unlock(); return s.base != nil })
 	t.Cleanup(func() {
 		cancel()
 		select {
@@ -262,20 +263,26 @@ func dialWS(t *testing.T, rawURL, protocol string, r *runtimeapi.ExecRequest) *c
 			}
 		}
 	}()
-	send := func(ch byte) wsChannel { return wsChannel{ws, ch} }
+	send := func(ch byte) wsChannel { return wsChannel{ws, ch, strings.HasPrefix(protocol, "v5")} }
 	return &client{stdin: send(0), stdout: readers[1], stderr: readers[2], status: readers[3], resize: send(4), close: func() { ws.Close() }}
 }
 
 type wsChannel struct {
 	ws *websocket.Conn
 	ch byte
+	v5 bool
 }
 
 func (w wsChannel) Write(b []byte) (int, error) {
 	return len(b), websocket.Message.Send(w.ws, append([]byte{w.ch}, b...))
 }
 
-func (w wsChannel) Close() error { return nil } // v4 cannot close one channel
+func (w wsChannel) Close() error {
+	if !w.v5 {
+		return nil // v4 cannot close one channel
+	}
+	return websocket.Message.Send(w.ws, []byte{255, w.ch})
+}
 
 type dialer func(t *testing.T, rawURL, protocol string, r *runtimeapi.ExecRequest) *client
 
@@ -285,7 +292,8 @@ func eachProtocol(t *testing.T, fn func(t *testing.T, name string, dial dialer, 
 		dial           dialer
 	}{
 		{"SPDY", "v4.channel.k8s.io", dialSPDY},
-		{"WebSocket", "v4.channel.k8s.io", dialWS},
+		{"WebSocket v4", "v4.channel.k8s.io", dialWS},
+		{"WebSocket v5", "v5.channel.k8s.io", dialWS},
 	} {
 		t.Run(p.name, func(t *testing.T) { fn(t, p.name, p.dial, p.protocol) })
 	}
@@ -342,7 +350,7 @@ func TestExec(t *testing.T) {
 			"exit code":  {"c", "echo x; exit 42", result{Stdout: "x\n", Code: 42}},
 			"no output":  {"c", "true", result{}},
 			"a lot":      {"c", "i=0; while [ $i -lt 65536 ]; do printf 0123456789abcdef; i=$((i+1)); done", result{Stdout: big}},
-			"no such":    {"gone", "true", result{Message: `Internal error occurred: error executing command in container: container "gone": not found`}},
+			"no such":    {"gone", "true", result{Message: `container "gone": not found`}},
 			"background": {"c", "sleep 100 & echo started; exit 3", result{Stdout: "started\n", Code: 3}},
 		} {
 			t.Run(name, func(t *testing.T) {
@@ -351,7 +359,9 @@ func TestExec(t *testing.T) {
 				if err != nil {
 					t.Fatal(err)
 				}
-				if got := dial(t, resp.Url, protocol, r).wait(t); got != tc.want {
+				got := dial(t, resp.Url, protocol, r).wait(t)
+				got.Message = strings.TrimPrefix(got.Message, "Internal error occurred: error executing command in container: ")
+				if got != tc.want {
 					t.Errorf("got %.200q, want %.200q", fmt.Sprint(got), fmt.Sprint(tc.want))
 				}
 			})
@@ -360,20 +370,43 @@ func TestExec(t *testing.T) {
 }
 
 func TestExecStdinHalfClose(t *testing.T) {
+	eachProtocol(t, func(t *testing.T, name string, dial dialer, protocol string) {
+		if name == "WebSocket v4" {
+			t.Skip("has no half-close")
+		}
+		s := serve(t, &processes{})
+		r := &runtimeapi.ExecRequest{ContainerId: "c", Cmd: []string{"sh", "-c", "cat; echo end"}, Stdin: true, Stdout: true}
+		resp, err := s.GetExec(r)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := dial(t, resp.Url, protocol, r)
+		sent := bytes.Repeat([]byte("line\n"), 200_000)
+		go func() {
+			for rest := sent; len(rest) > 0; rest = rest[min(32<<10, len(rest)):] {
+				_, _ = c.stdin.Write(rest[:min(32<<10, len(rest))])
+			}
+			c.stdin.Close()
+		}()
+		if got := c.wait(t); got.Stdout != string(sent)+"end\n" {
+			t.Errorf("got %d bytes, want %d", len(got.Stdout), len(sent)+4)
+		}
+	})
+}
+
+// A client that reads late gets everything, also what was still in the pipe
+// when the process ended.
+func TestSlowClient(t *testing.T) {
 	s := serve(t, &processes{})
-	r := &runtimeapi.ExecRequest{ContainerId: "c", Cmd: []string{"sh", "-c", "cat; echo end"}, Stdin: true, Stdout: true}
+	r := &runtimeapi.ExecRequest{ContainerId: "c", Cmd: []string{"dd", "if=/dev/zero", "bs=1M", "count=16", "status=none"}, Stdout: true}
 	resp, err := s.GetExec(r)
 	if err != nil {
 		t.Fatal(err)
 	}
-	c := dialSPDY(t, resp.Url, "v4.channel.k8s.io", r)
-	sent := bytes.Repeat([]byte("line\n"), 200_000)
-	go func() {
-		_, _ = c.stdin.Write(sent)
-		c.stdin.Close()
-	}()
-	if got := c.wait(t); got.Stdout != string(sent)+"end\n" {
-		t.Errorf("got %d bytes, want %d", len(got.Stdout), len(sent)+4)
+	c := dialWS(t, resp.Url, "v5.channel.k8s.io", r)
+	time.Sleep(1500 * time.Millisecond) // nobody reads the pipes of the test's client
+	if got := c.wait(t); len(got.Stdout) != 16<<20 {
+		t.Errorf("got %d bytes, want %d", len(got.Stdout), 16<<20)
 	}
 }
 
@@ -488,7 +521,11 @@ func TestTokensAreForOneUse(t *testing.T) {
 		t.Fatal(err)
 	}
 	dialSPDY(t, resp.Url, "v4.channel.k8s.io", r).wait(t)
-	for _, u := range []string{resp.Url, resp.Url + "x", strings.Replace(resp.Url, "exec", "attach", 1)} {
+	fresh, err := s.GetExec(r)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, u := range []string{resp.Url, resp.Url + "x", strings.Replace(fresh.Url, "exec", "attach", 1), strings.TrimSuffix(fresh.Url, fresh.Url[len(fresh.Url)-1:])} {
 		again, err := http.Post(u, "", nil)
 		if err != nil {
 			t.Fatal(err)
@@ -584,36 +621,83 @@ func loUp() error {
 func TestPortForward(t *testing.T) {
 	for _, where := range []string{"host", "namespace"} {
 		for _, addr := range []string{"127.0.0.1:0", "[::1]:0"} {
-			t.Run(where+" "+addr, func(t *testing.T) {
-				netns := ""
-				if where == "namespace" {
-					netns = newNetns(t)
-				}
-				port := listenIn(t, netns, addr)
-				s := serve(t, &processes{netns: netns})
-				resp, err := s.GetPortForward(&runtimeapi.PortForwardRequest{PodSandboxId: "s"})
-				if err != nil {
-					t.Fatal(err)
-				}
-				conn := spdyConn(t, resp.Url, "portforward.k8s.io")
-				defer conn.Close()
-				sent := bytes.Repeat([]byte("ping "), 50_000)
-				for id := range 3 { // several connections on one
-					data, fail := forwardStreams(t, conn, id, port)
-					go func() {
-						_, _ = data.Write(sent)
-						data.Close()
-					}()
-					got, err := io.ReadAll(data)
-					if err != nil || string(got) != "got "+string(sent) {
-						t.Errorf("got %d bytes, %v; want %d", len(got), err, len(sent)+4)
+			for how, dial := range map[string]func(*testing.T, string) httpstream.Connection{"SPDY": forwardSPDY, "WebSocket": forwardTunnel} {
+				t.Run(where+" "+addr+" "+how, func(t *testing.T) {
+					netns := ""
+					if where == "namespace" {
+						netns = newNetns(t)
 					}
-					if msg, _ := io.ReadAll(fail); len(msg) > 0 {
-						t.Errorf("error stream: %s", msg)
+					port := listenIn(t, netns, addr)
+					s := serve(t, &processes{netns: netns})
+					resp, err := s.GetPortForward(&runtimeapi.PortForwardRequest{PodSandboxId: "s"})
+					if err != nil {
+						t.Fatal(err)
 					}
-				}
-			})
+					conn := dial(t, resp.Url)
+					defer conn.Close()
+					sent := bytes.Repeat([]byte("ping "), 50_000)
+					for id := range 3 { // several connections on one
+						data, fail := forwardStreams(t, conn, id, port)
+						go func() {
+							_, _ = data.Write(sent)
+							data.Close()
+						}()
+						got, err := io.ReadAll(data)
+						if err != nil || string(got) != "got "+string(sent) {
+							t.Errorf("got %d bytes, %v; want %d", len(got), err, len(sent)+4)
+						}
+						if msg, _ := io.ReadAll(fail); len(msg) > 0 {
+							t.Errorf("error stream: %s", msg)
+						}
+					}
+				})
+			}
 		}
+	}
+}
+
+func forwardSPDY(t *testing.T, rawURL string) httpstream.Connection {
+	return spdyConn(t, rawURL, "portforward.k8s.io")
+}
+
+// forwardTunnel does what kubectl and crictl do for --transport websocket.
+func forwardTunnel(t *testing.T, rawURL string) httpstream.Connection {
+	t.Helper()
+	ws, err := websocket.Dial(strings.Replace(rawURL, "http", "ws", 1), "SPDY/3.1+portforward.k8s.io", "http://localhost")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ws.PayloadType = websocket.BinaryFrame
+	conn, err := spdy.NewClientConnection(ws)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return conn
+}
+
+// A silent pod and a client that is gone: nothing may stay.
+func TestPortForwardClientGone(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	s := serve(t, &processes{})
+	resp, err := s.GetPortForward(&runtimeapi.PortForwardRequest{PodSandboxId: "s"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn := forwardSPDY(t, resp.Url)
+	forwardStreams(t, conn, 1, l.Addr().(*net.TCPAddr).Port)
+	pod, err := l.Accept()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer pod.Close()
+	conn.Close()
+	_ = pod.SetReadDeadline(time.Now().Add(5 * time.Second))
+	if _, err := io.ReadAll(pod); errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Error("the connection into the pod stays open")
 	}
 }
 
@@ -676,6 +760,91 @@ func TestPortForwardRefused(t *testing.T) {
 	}
 	if _, err := io.ReadAll(data); err != nil && !errors.Is(err, io.EOF) {
 		t.Logf("data stream: %v", err)
+	}
+}
+
+func TestTickets(t *testing.T) {
+	var ts tickets
+	now := time.Now()
+	first, err := ts.add("exec", 1, now)
+	if err != nil || len(first) < 26 {
+		t.Fatalf("%q, %v", first, err)
+	}
+	for range maxTickets - 1 {
+		if _, err := ts.add("exec", 1, now.Add(time.Second)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := ts.add("exec", 1, now.Add(2*time.Second)); !errdefs.IsResourceExhausted(err) {
+		t.Errorf("one too many: %v", err)
+	}
+	if _, err := ts.add("exec", 1, now.Add(ticketLife)); err != nil {
+		t.Errorf("the first has expired: %v", err)
+	}
+	if _, ok := ts.take("exec", first, now); ok {
+		t.Error("an expired ticket was taken")
+	}
+	last, err := ts.add("attach", 2, now.Add(2*ticketLife))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, ok := ts.take("exec", last, now); ok {
+		t.Error("taken for another kind")
+	}
+	if r, ok := ts.take("attach", last, now); !ok || r != 2 {
+		t.Errorf("got %v, %v", r, ok)
+	}
+	if _, ok := ts.take("attach", last, now); ok {
+		t.Error("taken twice")
+	}
+}
+
+func TestGetRefuses(t *testing.T) {
+	s := serve(t, &processes{})
+	for name, get := range map[string]func() error{
+		"no container": func() error { _, err := s.GetExec(&runtimeapi.ExecRequest{Stdout: true}); return err },
+		"no stream":    func() error { _, err := s.GetExec(&runtimeapi.ExecRequest{ContainerId: "c"}); return err },
+		"tty, stderr": func() error {
+			_, err := s.GetExec(&runtimeapi.ExecRequest{ContainerId: "c", Tty: true, Stderr: true})
+			return err
+		},
+		"attach stream": func() error { _, err := s.GetAttach(&runtimeapi.AttachRequest{ContainerId: "c"}); return err },
+		"no sandbox":    func() error { _, err := s.GetPortForward(&runtimeapi.PortForwardRequest{}); return err },
+		"port": func() error {
+			_, err := s.GetPortForward(&runtimeapi.PortForwardRequest{PodSandboxId: "s", Port: []int32{1 << 16}})
+			return err
+		},
+	} {
+		if err := get(); !errdefs.IsInvalidArgument(err) {
+			t.Errorf("%s: got %v, want InvalidArgument", name, err)
+		}
+	}
+}
+
+func TestBaseURL(t *testing.T) {
+	base, err := url.Parse("https://node.example:1234/streams/")
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := New(Config{BaseURL: base}, &processes{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	s.base = base
+	resp, err := s.GetAttach(&runtimeapi.AttachRequest{ContainerId: "c", Stdin: true})
+	if err != nil || !strings.HasPrefix(resp.Url, "https://node.example:1234/streams/attach/") {
+		t.Fatalf("got %v, %v", resp, err)
+	}
+	u, _ := url.Parse(resp.Url)
+	token := u.Path[strings.LastIndex(u.Path, "/")+1:]
+	rec := httptest.NewRecorder()
+	s.handler().ServeHTTP(rec, httptest.NewRequest(http.MethodPost, "http://x/streams/exec/"+token, nil))
+	if rec.Code != http.StatusNotFound {
+		t.Errorf("code %d for another kind", rec.Code)
+	}
+	s.handler().ServeHTTP(rec, httptest.NewRequest(http.MethodPost, "http://x"+u.Path, nil))
+	if _, ok := s.tickets.take(kindAttach, token, time.Now()); ok {
+		t.Error("the path below the base URL was not found")
 	}
 }
 

@@ -60,6 +60,7 @@ func (s *Server) Recover(ctx context.Context) error {
 		return fmt.Errorf("recover: %w", err)
 	}
 	s.adoptSandboxes(sandboxes, live)
+	s.regroup(ctx)
 	s.adoptContainers(ctx, containers, live, refused)
 	s.dropForeign(ctx, live, refused)
 	s.dropHalfMade(ctx, intents, refused)
@@ -246,7 +247,7 @@ func (s *Server) undoIntent(ctx context.Context, in intent) error {
 			}, NetworkResult{}))
 		}
 		errs = append(errs, removeSandboxFiles(s.sandboxDir(in.ID)))
-		if in.Cgroup != "" {
+		if in.Cgroup != "" && !s.shared(in.Cgroup) {
 			errs = append(errs, s.cfg.Cgroups.RemovePod(ctx, in.Cgroup))
 		}
 	}
@@ -309,22 +310,12 @@ func (s *Server) reconcile(ctx context.Context, refused map[string]store.Refused
 	results := map[string]NetworkResult{}
 	for _, b := range s.sandboxes.All() {
 		rec := b.record()
-		if rec.Boot != s.boot || s.isClean(b) {
+		if rec.Boot != s.boot {
 			continue
 		}
-		if !hostNetwork(rec.Config) {
+		if !hostNetwork(rec.Config) && !s.isClean(b) {
 			requests = append(requests, s.networkRequest(rec))
 			results[rec.ID] = networkResult(rec.Network)
-		}
-		if b.usable() == nil {
-			// Count it as a user of its cgroup again.
-			limits, err := podResources(rec.Config.GetLinux(), s.cfg.Host)
-			if err == nil {
-				err = s.cfg.Cgroups.EnsurePod(ctx, rec.CgroupParent, limits)
-			}
-			if err != nil {
-				s.log.Warn("cannot take over a pod's cgroup", "sandbox", rec.ID, "path", rec.CgroupParent, "err", err)
-			}
 		}
 	}
 	images := map[string][]string{}
@@ -341,7 +332,39 @@ func (s *Server) reconcile(ctx context.Context, refused map[string]store.Refused
 		s.log.Error("there are records that cannot be read: no address is given back that might belong to them", "records", len(refused))
 		return err
 	}
-	return errors.Join(err, s.cfg.Network.Reconcile(ctx, requests, results))
+	if e := s.cfg.Network.Reconcile(ctx, requests, results); e != nil {
+		// Pods that need no network can be run all the same; whether others can
+		// is what Network.Status says.
+		s.log.Error("the network could not be compared with the pods; what pods that are gone had may stay until the next start", "err", e)
+	}
+	return err
+}
+
+// regroup counts all sandboxes as users of their cgroups again.
+func (s *Server) regroup(ctx context.Context) {
+	for _, b := range s.sandboxes.All() {
+		rec := b.record()
+		if rec.Boot != s.boot {
+			continue
+		}
+		limits, err := podResources(rec.Config.GetLinux(), s.cfg.Host)
+		if err == nil {
+			err = s.cfg.Cgroups.EnsurePod(ctx, rec.CgroupParent, limits)
+		}
+		if err != nil {
+			s.log.Warn("cannot take over a pod's cgroup", "sandbox", rec.ID, "path", rec.CgroupParent, "err", err)
+		}
+	}
+}
+
+// shared reports whether a sandbox uses the cgroup.
+func (s *Server) shared(cgroup string) bool {
+	for _, b := range s.sandboxes.All() {
+		if rec := b.record(); rec.CgroupParent == cgroup && rec.Boot == s.boot {
+			return true
+		}
+	}
+	return false
 }
 
 // isClean reports whether a stopped sandbox has nothing left in the kernel.

@@ -28,6 +28,7 @@ type sandbox struct {
 	rec        *store.Sandbox // replaced, never changed
 	stopped    bool           // not ready any more: stopped, or lost
 	clean      bool           // everything of a stopped sandbox is gone
+	ungrouped  bool           // its cgroup was given back
 	removed    bool
 	pausePid   int
 	containers []*container // in order of creation

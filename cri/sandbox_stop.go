@@ -7,6 +7,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/nodeagent/nodeagent/cri/store"
 )
 
 // StopPodSandbox kills the containers and gives the network back. An unknown
@@ -135,8 +137,8 @@ func (s *Server) removeSandboxLocked(ctx context.Context, b *sandbox) error {
 	if err := removeSandboxFiles(rec.Dir); err != nil {
 		return err
 	}
-	if err := s.cfg.Cgroups.RemovePod(ctx, rec.CgroupParent); err != nil {
-		return fmt.Errorf("remove pod cgroup: %w", err)
+	if err := s.ungroup(ctx, b, rec); err != nil {
+		return err
 	}
 	s.phase(ctx, "RemovePodSandbox/cleaned", b.id)
 	if err := s.db.DeleteSandbox(b.id); err != nil {
@@ -158,6 +160,26 @@ func (s *Server) removeSandboxLocked(ctx context.Context, b *sandbox) error {
 	}
 	s.emit(b, b.id, runtimeapi.ContainerEventType_CONTAINER_DELETED_EVENT)
 	s.phase(ctx, "RemovePodSandbox/done", b.id)
+	return nil
+}
+
+// ungroup gives the pod's cgroup back, once: pods may share one, and the
+// manager counts them. Those of an earlier boot are not counted.
+func (s *Server) ungroup(ctx context.Context, b *sandbox, rec *store.Sandbox) error {
+	// Not under the lock of b: shared looks at every sandbox, b too.
+	used := rec.Boot != s.boot && s.shared(rec.CgroupParent)
+	b.mu.Lock()
+	done := b.ungrouped || used
+	b.mu.Unlock()
+	if done {
+		return nil
+	}
+	if err := s.cfg.Cgroups.RemovePod(ctx, rec.CgroupParent); err != nil {
+		return fmt.Errorf("remove pod cgroup: %w", err)
+	}
+	b.mu.Lock()
+	b.ungrouped = true
+	b.mu.Unlock()
 	return nil
 }
 

@@ -17,7 +17,7 @@ import (
 // destroys it at the end.
 func ownNode(t testing.TB, change func(*node.Config)) *node.Node {
 	t.Helper()
-	name := nodeName(fmt.Sprintf("%c", 'a'+serial.Add(1)%26))
+	name := nodeName(fmt.Sprintf("o%c", 'a'+serial.Add(1)%26))
 	c := node.Config{
 		Dir: filepath.Join(os.TempDir(), "n"+name), Binary: shared.Config.Binary, Name: name, LogLevel: "debug",
 		RegistryDirs: []string{hub.hostsDir()},

@@ -120,9 +120,9 @@ func (n *Node) WaitNoLeaks(before Leaks, limit time.Duration) string {
 }
 
 // FDs is the number of descriptors the daemon has open, 0 if it does not run.
-func (n *Node) FDs() int { return countFDs(n.Pid()) }
+func (n *Node) FDs() int { return CountFDs(n.Pid()) }
 
-func countFDs(pid int) int {
+func CountFDs(pid int) int {
 	if pid == 0 {
 		return 0
 	}
@@ -380,4 +380,15 @@ func (n *Node) ForgetNetwork() {
 // owns tells the node's links by the mark in their alias.
 func (n *Node) owns(a *netlink.LinkAttrs) bool {
 	return strings.HasPrefix(a.Alias, "nodeagent ") && (strings.Contains(a.Alias+" ", " instance="+n.Config.Name+" ") || strings.Contains(a.Alias, n.Config.Dir))
+}
+
+// OwnsAddress tells whether an address is from the node's pod ranges.
+func (n *Node) OwnsAddress(s string) bool {
+	a, err := netip.ParseAddr(s)
+	for _, c := range n.Config.PodCIDRs {
+		if p, e := netip.ParsePrefix(c); err == nil && e == nil && p.Contains(a) {
+			return true
+		}
+	}
+	return false
 }

@@ -217,7 +217,7 @@ func (n *Node) Launch() error {
 		}
 		cmd.Stdout, cmd.Stderr = write, write
 	}
-	cmd.Env = append(os.Environ(), n.Config.Env...)
+	cmd.Env = append(os.Environ(), append([]string{"GOTRACEBACK=all"}, n.Config.Env...)...)
 	// Its own session: a Ctrl-C at the test must not reach it, and it must not
 	// share the test's terminal.
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
@@ -397,6 +397,9 @@ func (n *Node) Kill() error { return n.signal(syscall.SIGKILL, 10*time.Second) }
 func (n *Node) Stop() error {
 	err := n.signal(syscall.SIGTERM, 20*time.Second)
 	if err != nil {
+		// Have it say where it hangs.
+		n.signal(syscall.SIGQUIT, time.Second)
+		err = fmt.Errorf("%w; its log ends:\n%s", err, n.LogTail(300))
 		return errors.Join(err, n.Kill())
 	}
 	return nil

@@ -11,7 +11,6 @@ import (
 	"strings"
 	"syscall"
 	"testing"
-	"time"
 
 	"github.com/containerd/errdefs"
 
@@ -341,29 +340,19 @@ func TestPullAgainWritesNothing(t *testing.T) {
 	ref := f.push("a:v1", small(t, "x"))
 	img := f.pull(ref)
 	f.gc()
-	stamps := func() (out []time.Time) {
-		for _, name := range []string{"metadata.db", "snapshots/metadata.db", "state.json"} {
-			st, err := os.Stat(filepath.Join(f.root, "images", name))
-			if err != nil {
-				t.Fatal(err)
-			}
-			out = append(out, st.ModTime())
-		}
-		return out
-	}
 	f.eventually("layers are synced", func() bool {
 		f.store.state.mu.Lock()
 		defer f.store.state.mu.Unlock()
 		return len(f.store.state.rec.Unsynced) == 0
 	})
 	f.gc()
-	before, fetched := stamps(), f.reg.Requests("GET", "")
+	before, fetched := f.databaseTimes(), f.reg.Requests("GET", "")
 	for _, r := range []string{ref, img.RepoDigests[0]} {
 		if again := f.pull(r); again.ID != img.ID {
 			t.Errorf("pulled %s", again.ID)
 		}
 	}
-	if after := stamps(); !slices.Equal(before, after) {
+	if after := f.databaseTimes(); !slices.Equal(before, after) {
 		t.Errorf("written at %v, before at %v", after, before)
 	}
 	if n := f.reg.Requests("GET", ""); n != fetched {

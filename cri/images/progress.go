@@ -102,8 +102,9 @@ type watchdog struct {
 	cancel  context.CancelCauseFunc
 	active  atomic.Int64 // requests without an answer, bodies not read to the end
 	moved   atomic.Int64 // unix nanoseconds of the last sign of life
-	clients []*http.Client
-	mu      sync.Mutex // guards clients
+
+	mu   sync.Mutex          // guards base
+	base []http.RoundTripper // of the pull's clients, below all that wraps them
 }
 
 // errStalled is the cause of a pull ended by its watchdog.
@@ -139,17 +140,20 @@ func (w *watchdog) alive() { w.moved.Store(time.Now().UnixNano()) }
 func (w *watchdog) watch(c *http.Client) error {
 	w.mu.Lock()
 	defer w.mu.Unlock()
+	w.base = append(w.base, c.Transport)
 	c.Transport = &watchedTransport{next: c.Transport, dog: w}
-	w.clients = append(w.clients, c)
 	return nil
 }
 
 // closeIdle closes the kept-alive connections of the pull's clients.
+// (http.Client cannot: not all that wraps the transport passes it on.)
 func (w *watchdog) closeIdle() {
 	w.mu.Lock()
 	defer w.mu.Unlock()
-	for _, c := range w.clients {
-		c.CloseIdleConnections()
+	for _, t := range w.base {
+		if c, ok := t.(interface{ CloseIdleConnections() }); ok {
+			c.CloseIdleConnections()
+		}
 	}
 }
 
@@ -169,13 +173,6 @@ func (t *watchedTransport) RoundTrip(req *http.Request) (*http.Response, error) 
 	t.dog.alive()
 	resp.Body = &watchedBody{ReadCloser: resp.Body, dog: t.dog}
 	return resp, nil
-}
-
-// CloseIdleConnections lets http.Client reach the transport below.
-func (t *watchedTransport) CloseIdleConnections() {
-	if c, ok := t.next.(interface{ CloseIdleConnections() }); ok {
-		c.CloseIdleConnections()
-	}
 }
 
 type watchedBody struct {

@@ -194,6 +194,32 @@ func TestManyLayersAndLongPaths(t *testing.T) {
 	check(target)
 }
 
+func TestNoDescriptorsLeak(t *testing.T) {
+	f := setup(t)
+	count := func() int { e, _ := os.ReadDir("/proc/self/fd"); return len(e) }
+	ids := []specs.LinuxIDMapping{{ContainerID: 0, HostID: 300000, Size: 65536}}
+	round := func() {
+		f.mustMount("one", Options{})
+		f.mustMount("two", Options{IDMap: IDMap{UIDMap: ids, GIDMap: ids}})
+		if _, err := f.MountImage(t.Context(), "two", f.layers, ImageOptions{Subpath: "a"}); err != nil {
+			t.Fatal(err)
+		}
+		_, _ = f.MountImage(t.Context(), "two", f.layers, ImageOptions{Subpath: "none"})
+		_, _, _ = f.Usage(t.Context(), "one")
+		if err := errors.Join(f.Unmount(t.Context(), "one"), f.Unmount(t.Context(), "two")); err != nil {
+			t.Fatal(err)
+		}
+	}
+	round()
+	before := count()
+	for range 10 {
+		round()
+	}
+	if after := count(); after > before {
+		t.Errorf("%d descriptors, before %d", after, before)
+	}
+}
+
 func TestMountErrors(t *testing.T) {
 	f := setup(t)
 	for _, id := range []string{"", ".", "..", "a/b", ".trash", "a\x00b", `a\b`, "a:b", strings.Repeat("x", 300)} {

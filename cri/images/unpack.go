@@ -263,9 +263,10 @@ func openInLayer(layer, dir string) (int, error) {
 		return -1, err
 	}
 	defer unix.Close(root)
+	// dir is clean, so no rename elsewhere can make this fail with EAGAIN.
 	return unix.Openat2(root, strings.TrimPrefix(dir, "/"), &unix.OpenHow{
 		Flags:   unix.O_RDONLY | unix.O_DIRECTORY | unix.O_CLOEXEC,
-		Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_MAGICLINKS,
+		Resolve: unix.RESOLVE_BENEATH | unix.RESOLVE_NO_SYMLINKS | unix.RESOLVE_NO_MAGICLINKS,
 	})
 }
 

@@ -388,6 +388,47 @@ func TestImageVolumes(t *testing.T) {
 	}
 }
 
+// Renames elsewhere on the machine make the kernel's safe lookup give up; that
+// must not show.
+func TestSubpathWhileOthersRename(t *testing.T) {
+	f := setup(t)
+	f.write(filepath.Join(f.layers.Lower[0], "data/inner/file"), "x")
+	if err := os.Symlink("../../data/../data/inner", filepath.Join(f.layers.Lower[0], "hop")); err != nil {
+		t.Fatal(err)
+	}
+	stop, done := make(chan bool), make(chan error)
+	go func() {
+		for i := 0; ; i++ {
+			select {
+			case <-stop:
+				done <- nil
+				return
+			default:
+			}
+			if err := os.MkdirAll(filepath.Join(f.dir, "r", fmt.Sprint(i%2)), 0o755); err != nil {
+				done <- err
+				return
+			}
+			_ = os.Rename(filepath.Join(f.dir, "r", fmt.Sprint(i%2)), filepath.Join(f.dir, "r", "x"))
+			_ = os.Remove(filepath.Join(f.dir, "r", "x"))
+		}
+	}()
+	for range 200 {
+		if _, err := f.MountImage(t.Context(), "one", f.layers, ImageOptions{Subpath: "hop"}); err != nil {
+			t.Error(err)
+			break
+		}
+		if err := f.UnmountImages(t.Context(), "one"); err != nil {
+			t.Error(err)
+			break
+		}
+	}
+	close(stop)
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+}
+
 func TestRunSweepsTrash(t *testing.T) {
 	f := setup(t)
 	f.write(filepath.Join(f.mustMount("one", Options{}), "x"), "x")

@@ -84,10 +84,7 @@ func bindSubpath(image, sub, target string) (string, error) {
 		return "", fmt.Errorf("open %q: %w", image, err)
 	}
 	defer unix.Close(root)
-	fd, err := unix.Openat2(root, sub, &unix.OpenHow{
-		Flags:   unix.O_PATH | unix.O_CLOEXEC,
-		Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS,
-	})
+	fd, err := openInRoot(root, sub)
 	if errors.Is(err, unix.ENOENT) || errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP) {
 		return "", fmt.Errorf("find subpath %q in the image: %w: %w", sub, err, errdefs.ErrNotFound)
 	}
@@ -116,6 +113,21 @@ func bindSubpath(image, sub, target string) (string, error) {
 		return "", fmt.Errorf("bind subpath %q to %q: %w", sub, target, err)
 	}
 	return target, nil
+}
+
+// openInRoot opens sub with root as the root directory. The kernel answers
+// EAGAIN when a rename or mount anywhere came in between (openat2(2)).
+func openInRoot(root int, sub string) (fd int, err error) {
+	for range 1000 {
+		fd, err = unix.Openat2(root, sub, &unix.OpenHow{
+			Flags:   unix.O_PATH | unix.O_CLOEXEC,
+			Resolve: unix.RESOLVE_IN_ROOT | unix.RESOLVE_NO_MAGICLINKS,
+		})
+		if !errors.Is(err, unix.EAGAIN) && !errors.Is(err, unix.EINTR) {
+			return fd, err
+		}
+	}
+	return fd, err
 }
 
 // numberedDir makes the next of the directories 0, 1, 2... in parent.

@@ -75,7 +75,6 @@ func (n *Network) Attach(ctx context.Context, a Attachment) (_ Attached, err err
 func (n *Network) addresses(node *node, a Attachment, w *wired, steps *undo) ([]netip.Addr, error) {
 	owner := ipam.Owner{Network: n.cfg.Name, Sandbox: a.SandboxID, IfName: a.ifName(), Netns: a.Netns}
 	var ips []netip.Addr
-	var b rtnl.Batch
 	for family, ranges := range node.ranges {
 		if len(ranges) == 0 || family == 1 && !w.v6 {
 			continue
@@ -84,21 +83,43 @@ func (n *Network) addresses(node *node, a Attachment, w *wired, steps *undo) ([]
 		if err != nil {
 			return nil, err
 		}
+		err = w.addAddress(ip)
+		if family == 1 && noIPv6(err) {
+			// It was turned off in the namespace after it was wired: IPv4 alone serves.
+			n.log.Info("pod has no IPv6", "sandbox", a.SandboxID, "err", err)
+			w.v6 = false
+			if err := n.pool.Release(n.cfg.Name, a.SandboxID, ip); err != nil {
+				return nil, err
+			}
+			continue
+		}
 		steps.add(func(context.Context) error { return n.pool.Release(n.cfg.Name, a.SandboxID, ip) })
+		if err != nil {
+			return nil, err
+		}
 		ips = append(ips, ip)
-		b.AddAddr(w.podIndex, host(ip), "add pod's address "+ip.String())
 	}
 	if len(ips) == 0 {
 		return nil, fmt.Errorf("no address family is left: pod ranges are IPv6 only and the namespace has no IPv6: %w", errdefs.ErrFailedPrecondition)
 	}
-	err := w.pod.Do(&b)
-	if err == nil || !noIPv6(err) || len(ips) == 1 {
-		return ips, err
+	return ips, nil
+}
+
+// addAddress puts ip on the pod's link.
+func (w *wired) addAddress(ip netip.Addr) error {
+	var b rtnl.Batch
+	b.AddAddr(w.podIndex, host(ip), "add pod's address "+ip.String())
+	if ip.Is6() {
+		b.AddRoute(localRoute(w.podIndex, ip), "add pod's local route "+ip.String())
 	}
-	// IPv6 was turned off in the namespace after it was wired: IPv4 alone serves.
-	n.log.Info("pod has no IPv6", "sandbox", a.SandboxID, "err", err)
-	w.v6 = false
-	return ips[:1], n.pool.Release(n.cfg.Name, a.SandboxID, ips[1])
+	return w.pod.Do(&b)
+}
+
+// localRoute makes the pod's namespace take packets to ip at once. The kernel adds this route itself, but for IPv6 from a
+// worker (net/ipv6/addrconf.c, addrconf_dad_work, even without duplicate address detection), and until then drops them.
+// Its own has a smaller metric and so stands before this one.
+func localRoute(link int, ip netip.Addr) rtnl.Route {
+	return rtnl.Route{Dst: host(ip), Link: link, Protocol: Protocol, Type: unix.RTN_LOCAL, Table: unix.RT_TABLE_LOCAL, Metric: 4096}
 }
 
 // limit puts the pod's bandwidth limits in place: each on the sending end of the pair.

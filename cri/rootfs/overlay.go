@@ -40,8 +40,19 @@ const maxParam = 255
 // errNoMountAPI says that this kernel cannot take layers one by one.
 var errNoMountAPI = errors.New("the kernel's mount API does not take overlay layers one by one (before 6.5)")
 
-// mountAt mounts the overlay at target with mount attributes attr.
-func (o overlay) mountAt(target string, attr int) error {
+// mountAt mounts the overlay at target with mount attributes attr. A signal
+// (the Go scheduler sends them) can interrupt any step; the context is of no use
+// then, so all steps are done again.
+func (o overlay) mountAt(target string, attr int) (err error) {
+	for range 100 {
+		if err = o.tryMountAt(target, attr); !errors.Is(err, unix.EINTR) {
+			return err
+		}
+	}
+	return err
+}
+
+func (o overlay) tryMountAt(target string, attr int) error {
 	fd, err := o.open(attr)
 	if errors.Is(err, errNoMountAPI) {
 		return o.mountClassic(target, attr)

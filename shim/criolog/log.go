@@ -114,12 +114,18 @@ func Open(cfg Config) (*Log, error) {
 	return l, nil
 }
 
+// open opens the log and what a process before this one has left. State and
+// spools are made with the first output: many containers never have any.
 func (l *Log) open() error {
 	var err error
-	if l.record, err = os.OpenFile(filepath.Join(l.cfg.Dir, "log.state"), os.O_RDWR|os.O_CREATE|unix.O_CLOEXEC, 0o600); err != nil {
+	if l.file, err = openLog(l.cfg.Path); err != nil {
 		return err
 	}
-	if l.file, err = openLog(l.cfg.Path); err != nil {
+	l.record, err = openFile(l.recordPath(), unix.O_RDWR)
+	if errors.Is(err, os.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
 		return err
 	}
 	b := make([]byte, recordSize+1)
@@ -145,8 +151,24 @@ func (l *Log) open() error {
 	return l.recover()
 }
 
+func (l *Log) recordPath() string { return filepath.Join(l.cfg.Dir, "log.state") }
+
+// openFile opens a plain file without asking the netpoller to wait for it, which
+// os.OpenFile tries with five system calls.
+func openFile(path string, flags int) (*os.File, error) {
+	for {
+		fd, err := unix.Open(path, flags|unix.O_CLOEXEC, 0o640)
+		if err == nil {
+			return os.NewFile(uintptr(fd), path), nil
+		}
+		if err != unix.EINTR {
+			return nil, &os.PathError{Op: "open", Path: path, Err: err}
+		}
+	}
+}
+
 func openLog(path string) (*os.File, error) {
-	return os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_APPEND|unix.O_CLOEXEC, 0o640)
+	return openFile(path, unix.O_WRONLY|unix.O_CREAT|unix.O_APPEND)
 }
 
 func (l *Log) openSpool(s Stream, which uint8) error {
@@ -154,12 +176,27 @@ func (l *Log) openSpool(s Stream, which uint8) error {
 		return nil
 	}
 	name := filepath.Join(l.cfg.Dir, s.String()+".spool"+string('0'+rune(which)))
-	f, err := os.OpenFile(name, os.O_RDWR|os.O_CREATE|unix.O_CLOEXEC, 0o600)
+	f, err := openFile(name, unix.O_RDWR|unix.O_CREAT)
 	if err != nil {
 		return err
 	}
 	l.spool[s][which] = f
 	return nil
+}
+
+// openState opens what open did not find.
+func (l *Log) openState(s Stream) error {
+	if l.record == nil {
+		f, err := openFile(l.recordPath(), unix.O_RDWR|unix.O_CREAT)
+		if err != nil {
+			return err
+		}
+		l.record = f
+		if err := l.writeState(); err != nil {
+			return err
+		}
+	}
+	return l.openSpool(s, l.st.pos[s].active)
 }
 
 // recover finishes the write that st describes.
@@ -259,6 +296,9 @@ func (l *Log) settle() error {
 }
 
 func (l *Log) writeState() error {
+	if l.record == nil {
+		return nil // nothing was written yet
+	}
 	var b [recordSize]byte
 	l.st.encode(&b)
 	_, err := l.record.WriteAt(b[:], 0)
@@ -295,6 +335,9 @@ func (l *Log) fetch(s Stream, fd int) (int, error) {
 	defer l.mu.Unlock()
 	if l.closed {
 		return 0, os.ErrClosed
+	}
+	if err := l.openState(s); err != nil {
+		return 0, err
 	}
 	if err := l.makeRoom(s); err != nil {
 		return 0, err

@@ -14,6 +14,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // Version is that of Facts and Exit. A file of another version is refused and
@@ -135,7 +137,7 @@ func WriteFile(path string, v any, sync bool) error {
 }
 
 func writeTemp(path string, b []byte, sync bool) error {
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	f, err := create(path)
 	if err != nil {
 		return err
 	}
@@ -147,6 +149,31 @@ func writeTemp(path string, b []byte, sync bool) error {
 		err = cerr
 	}
 	return err
+}
+
+// create opens a new plain file without asking the netpoller to wait for it,
+// which os.OpenFile tries with five system calls.
+func create(path string) (*os.File, error) {
+	for {
+		fd, err := unix.Open(path, unix.O_WRONLY|unix.O_CREAT|unix.O_TRUNC|unix.O_CLOEXEC, 0o600)
+		if err == nil {
+			return os.NewFile(uintptr(fd), path), nil
+		}
+		if err != unix.EINTR {
+			return nil, &os.PathError{Op: "create", Path: path, Err: err}
+		}
+	}
+}
+
+// WriteNew writes v as JSON to path, where no file is, in one system call. A
+// kill can leave the file empty, but not torn: for records that need not be
+// there.
+func WriteNew(path string, v any) error {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return fmt.Errorf("encode %s: %w", path, err)
+	}
+	return writeTemp(path, b, false)
 }
 
 // SyncDir makes the names in dir durable.

@@ -79,8 +79,8 @@ func (s *Server) sameBoot() (bool, error) {
 func (s *Server) adopt(ctx context.Context, id string, sameBoot bool) error {
 	c := s.newContainer(id)
 	b, err := os.ReadFile(filepath.Join(c.dir, "facts.json"))
-	if errors.Is(err, os.ErrNotExist) {
-		return s.abandon(c)
+	if errors.Is(err, os.ErrNotExist) || err == nil && len(b) == 0 {
+		return s.abandon(c) // facts come before the release
 	}
 	if err != nil {
 		return err
@@ -205,13 +205,15 @@ func (s *Server) adoptStdio(c *container) error {
 func (s *Server) abandon(c *container) error {
 	var in intent
 	b, err := os.ReadFile(filepath.Join(c.dir, "intent.json"))
-	if err == nil {
-		err = json.Unmarshal(b, &in)
+	if err == nil && len(b) > 0 { // otherwise nothing was made yet
+		if err := json.Unmarshal(b, &in); err != nil {
+			return fmt.Errorf("decode intent: %w", err)
+		}
+		if in.Version != record.Version {
+			return fmt.Errorf("intent: %w: %d", record.ErrVersion, in.Version)
+		}
 	}
-	if err == nil && in.Version != record.Version {
-		return fmt.Errorf("intent: %w: %d", record.ErrVersion, in.Version)
-	}
-	if err == nil && in.Cgroup != nil {
+	if in.Cgroup != nil {
 		if in.Cgroup.Resources == nil {
 			in.Cgroup.Resources = &cgroups.Resources{}
 		}

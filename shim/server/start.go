@@ -124,7 +124,7 @@ func (s *Server) create(ctx context.Context, c *container, req *api.StartRequest
 	resources := cfg.Cgroups.Resources
 	bare := *cfg.Cgroups
 	bare.Resources = &cgroups.Resources{}
-	if err := record.WriteFile(filepath.Join(c.dir, "intent.json"), intent{record.Version, &bare}, false); err != nil {
+	if err := record.WriteNew(filepath.Join(c.dir, "intent.json"), intent{record.Version, &bare}); err != nil {
 		return err
 	}
 	cfg.Cgroups.Resources = resources
@@ -215,7 +215,7 @@ func (s *Server) noteStarted(c *container, pid int, child *childIO) (err error) 
 	}
 	s.keep(c)
 	c.facts.StartedAt = time.Now()
-	return record.WriteFile(filepath.Join(c.dir, "facts.json"), c.facts, false)
+	return record.WriteNew(filepath.Join(c.dir, "facts.json"), c.facts)
 }
 
 // reap takes the exit status of a dead child.

@@ -15,6 +15,7 @@ import (
 	"runtime"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -703,5 +704,33 @@ func TestWarnsOfFirewall(t *testing.T) {
 	}
 	if s := log.String(); !strings.Contains(s, "[ip filter FORWARD]") && !strings.Contains(s, `"[ip filter FORWARD]"`) || strings.Contains(s, "INPUT") {
 		t.Errorf("log %q", s)
+	}
+}
+
+// TestUserNamespace: the pod's network namespace belongs to a user namespace of its own.
+func TestUserNamespace(t *testing.T) {
+	l := lab.New(t)
+	n := newNetwork(t, l, nil)
+	cmd := exec.Command("sleep", "60")
+	ids := []syscall.SysProcIDMap{{ContainerID: 0, HostID: 100000, Size: 65536}}
+	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: unix.CLONE_NEWUSER | unix.CLONE_NEWNET, UidMappings: ids, GidMappings: ids, Pdeathsig: unix.SIGKILL}
+	runtime.LockOSThread() // the death signal is that of this thread
+	defer runtime.UnlockOSThread()
+	if err := cmd.Start(); err != nil {
+		t.Skip("needs user namespaces: ", err)
+	}
+	defer func() { _ = cmd.Process.Kill(); _ = cmd.Wait() }()
+	path := fmt.Sprintf("/proc/%d/ns/net", cmd.Process.Pid)
+	if err := n.Prewire(context.Background(), path); err != nil {
+		t.Fatal(err)
+	}
+	got, err := n.Attach(context.Background(), Attachment{SandboxID: "a", Netns: path, Key: path, Ingress: 1e9, Egress: 1e9})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, ip := range got.IPs {
+		if err := lab.Ping(l.Node, ip); err != nil {
+			t.Error(err)
+		}
 	}
 }

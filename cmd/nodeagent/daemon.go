@@ -181,7 +181,7 @@ func (d *node) run(ctx context.Context) error {
 				return serveMetrics(ctx, d.cfg.Metrics.Address, d.metrics, d.log)
 			})
 		}
-		start(&upper, ctx, "memory", d.trimLater)
+		start(&upper, ctx, "memory", d.trimAtRest)
 		start(&upper, ctx, "CRI", func(ctx context.Context) error { return d.cri.Serve(ctx, nil) })
 	}
 	<-ctx.Done()

@@ -14,27 +14,58 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// trimDelay after the start of serving, the first calls have been answered.
-const trimDelay = time.Second
+const (
+	// trimPeriod is how often the daemon looks whether it is at rest.
+	trimPeriod = time.Second
+	// restCPU is what it uses in a period at most when it is.
+	restCPU = 5 * time.Millisecond
+	// workCPU is what it must have used since the last time to do it again, and
+	// trimPause the time that must have passed.
+	workCPU   = 10 * time.Millisecond
+	trimPause = 15 * time.Second
+)
 
-// trimLater trims once, unless ctx ends before.
-func (d *node) trimLater(ctx context.Context) error {
-	select {
-	case <-ctx.Done():
-		return nil
-	case <-time.After(trimDelay):
+// trimAtRest trims whenever the daemon comes to rest after work, the start
+// included, until ctx ends.
+func (d *node) trimAtRest(ctx context.Context) error {
+	tick := time.NewTicker(trimPeriod)
+	defer tick.Stop()
+	var trimmed, last time.Duration // CPU used until the last trim, the last tick
+	var when time.Time              // of the last trim
+	for {
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-tick.C:
+		}
+		now := usedCPU()
+		resting := now-last < restCPU
+		last = now
+		if !resting || now-trimmed < workCPU || time.Since(when) < trimPause {
+			continue
+		}
+		if err := trim(); err != nil {
+			d.log.Warn("memory cannot be given back", "err", err)
+			return nil
+		}
+		last = usedCPU()
+		trimmed, when = last, time.Now()
 	}
-	if err := trim(); err != nil {
-		d.log.Warn("memory of the start is kept", "err", err)
-	}
-	return nil
 }
 
-// trim gives back the memory that only the start of the process needed: the
-// heap's free spans, and the pages of the program file that are mapped. Half
-// of the program is initialisation and dependencies' code that never runs
-// again; what is still needed comes back from the page cache at its next use,
-// 16 pages a fault.
+// usedCPU is that of this process, in user and kernel mode.
+func usedCPU() time.Duration {
+	var u unix.Rusage
+	if err := unix.Getrusage(unix.RUSAGE_SELF, &u); err != nil {
+		return 0
+	}
+	return time.Duration(u.Utime.Nano() + u.Stime.Nano())
+}
+
+// trim gives back memory that work has left: the heap's free spans, and the
+// mapped pages of the program file. Most of these are initialisation, and
+// neighbours of what was used, since a fault maps 16 pages; what is needed again
+// comes back from the page cache.
 func trim() error {
 	debug.FreeOSMemory()
 	exe, err := os.Readlink("/proc/self/exe")

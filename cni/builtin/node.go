@@ -216,18 +216,15 @@ func (n *Network) sysctl(keyValues ...string) error {
 }
 
 func writeSysctl(key, value string) error {
-	if readSysctl(key) == value {
+	err := os.WriteFile(filepath.Join("/proc/sys", key), []byte(value), 0)
+	if err == nil || readSysctl(key) == value {
 		return nil
 	}
-	err := os.WriteFile(filepath.Join("/proc/sys", key), []byte(value), 0)
 	name := strings.ReplaceAll(key, "/", ".")
 	if errors.Is(err, fs.ErrPermission) || errors.Is(err, unix.EROFS) {
 		return fmt.Errorf("set sysctl %s=%s: %w: not permitted here, set it yourself: %w", name, value, err, errdefs.ErrFailedPrecondition)
 	}
-	if err != nil {
-		return fmt.Errorf("set sysctl %s=%s: %w", name, value, err)
-	}
-	return nil
+	return fmt.Errorf("set sysctl %s=%s: %w", name, value, err)
 }
 
 // readSysctl is the value in the thread's namespace, "" if there is none.

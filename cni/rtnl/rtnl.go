@@ -247,10 +247,17 @@ func (c *Conn) send(p []byte) error {
 	}
 }
 
+// Sizes of the receive buffer in bytes: acknowledgements and single objects fit the first, and a part of a dump
+// the second (the kernel cuts dumps into datagrams of at most 32 KiB).
+const (
+	smallReceive = 8 << 10
+	dumpReceive  = 32 << 10
+)
+
 // recv reads one datagram and hands each message in it to f.
 func (c *Conn) recv(f func(h unix.NlMsghdr, body []byte) error) (int, error) {
 	if c.buf == nil {
-		c.buf = make([]byte, 64<<10)
+		c.buf = make([]byte, smallReceive)
 	}
 	var n int
 	for {
@@ -350,6 +357,9 @@ func (c *Conn) query(b *Batch, dump bool, f func(typ uint16, body []byte)) error
 	c.seq++
 	binary.NativeEndian.PutUint32(b.buf[8:], c.seq)
 	if dump {
+		if len(c.buf) < dumpReceive {
+			c.buf = make([]byte, dumpReceive)
+		}
 		flags := binary.NativeEndian.Uint16(b.buf[6:])
 		binary.NativeEndian.PutUint16(b.buf[6:], flags&^unix.NLM_F_ACK|unix.NLM_F_DUMP)
 	}

@@ -165,8 +165,9 @@ func (d *node) run(ctx context.Context) error {
 	}
 	start(&lower, below, "shim", d.shim.Run)
 	start(&lower, below, "exits", d.runtime.run)
-	if err := d.cri.Recover(ctx); err != nil {
-		cancel(err)
+	recovered := d.cri.Recover(ctx)
+	if recovered != nil {
+		cancel(recovered)
 	} else {
 		start(&lower, below, "network", d.network.Run)
 		start(&lower, below, "images", d.images.Run)
@@ -191,6 +192,9 @@ func (d *node) run(ctx context.Context) error {
 	lower.Wait()
 	if err := context.Cause(ctx); !errors.Is(err, context.Canceled) {
 		return err
+	}
+	if recovered != nil {
+		return nil // stopped before it was known what there is
 	}
 	return d.leave(context.WithoutCancel(ctx))
 }

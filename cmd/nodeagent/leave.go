@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"time"
 
+	"github.com/containerd/errdefs"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
@@ -25,7 +26,11 @@ func (d *node) leave(ctx context.Context) error {
 		d.log.Info("pods go on without the daemon", "pods", n)
 		return nil
 	}
-	if err := d.shim.Leave(ctx); err != nil {
+	switch err := d.shim.Leave(ctx); {
+	case errdefs.IsFailedPrecondition(err):
+		d.log.Warn("the shim stays", "err", err) // a removal that is tried again by the next daemon
+		return nil
+	case err != nil:
 		return err
 	}
 	return d.network.Remove(ctx)

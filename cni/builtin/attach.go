@@ -83,17 +83,18 @@ func (n *Network) addresses(node *node, a Attachment, w *wired, steps *undo) ([]
 		if err != nil {
 			return nil, err
 		}
+		steps.add(func(context.Context) error { return n.pool.Free(ip) })
 		err = w.addAddress(ip)
 		if family == 1 && noIPv6(err) {
 			// It was turned off in the namespace after it was wired: IPv4 alone serves.
 			n.log.Info("pod has no IPv6", "sandbox", a.SandboxID, "err", err)
 			w.v6 = false
-			if err := n.pool.Release(n.cfg.Name, a.SandboxID, ip); err != nil {
+			if err := n.pool.Free(ip); err != nil {
 				return nil, err
 			}
+			*steps = (*steps)[:len(*steps)-1]
 			continue
 		}
-		steps.add(func(context.Context) error { return n.pool.Release(n.cfg.Name, a.SandboxID, ip) })
 		if err != nil {
 			return nil, err
 		}

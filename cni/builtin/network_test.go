@@ -734,3 +734,50 @@ func TestUserNamespace(t *testing.T) {
 		}
 	}
 }
+
+// TestDescriptorsExhausted attaches with ever more descriptors left: it works or leaves nothing, at every number.
+func TestDescriptorsExhausted(t *testing.T) {
+	l := lab.New(t)
+	n := newNetwork(t, l, nil)
+	if err := n.Status(context.Background()); err != nil {
+		t.Fatal(err)
+	}
+	path := l.Netns("a")
+	a := Attachment{SandboxID: "a", Netns: path, Key: path, Ports: []nat.Port{{HostPort: 80, ContainerPort: 80}}}
+	var old unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &old); err != nil {
+		t.Fatal(err)
+	}
+	failed, worked := 0, 0
+	for left := range 40 {
+		tight := old
+		tight.Cur = uint64(left)
+		if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &tight); err != nil {
+			t.Fatal(err)
+		}
+		got, err := n.Attach(context.Background(), a)
+		if serr := unix.Setrlimit(unix.RLIMIT_NOFILE, &old); serr != nil {
+			t.Fatal(serr)
+		}
+		if err != nil {
+			failed++
+			if !errors.Is(err, unix.EMFILE) {
+				t.Errorf("%d descriptors: %v", left, err)
+			}
+		} else {
+			worked++
+			if err := n.Detach(context.Background(), a, got.IPs); err != nil {
+				t.Error(err)
+			}
+		}
+		if links, held := l.Links("na"), heldBy(t, n); len(links)+len(held) > 0 {
+			t.Fatalf("%d descriptors: left %v, %v after %v", left, links, held, err)
+		}
+		if rules := ruleset(t, l); strings.Contains(rules, "tcp . 80") {
+			t.Fatalf("%d descriptors: host port left", left)
+		}
+	}
+	if failed == 0 || worked == 0 {
+		t.Errorf("%d failed, %d worked: the test does not test", failed, worked)
+	}
+}

@@ -330,7 +330,7 @@ func writeAll(fd int, p []byte) error {
 	return nil
 }
 
-// Claim holds a given address for owner. It is success if owner holds it already.
+// Claim holds a given address for owner. It is success if owner holds it already. A broken record is replaced.
 //
 // Errors: AlreadyExists if another holds it.
 func (p *Pool) Claim(owner Owner, a netip.Addr) error {
@@ -341,6 +341,16 @@ func (p *Pool) Claim(owner Owner, a netip.Addr) error {
 		return err
 	}
 	rec, err := p.Get(a)
+	if errors.Is(err, errdefs.ErrDataLoss) {
+		// The caller knows better than a broken record.
+		if err := unix.Unlinkat(int(p.dir.Fd()), a.String(), 0); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return fmt.Errorf("replace broken address record %s: %w", a, err)
+		}
+		if ok, err := p.take(owner, a); err != nil || ok {
+			return err
+		}
+		rec, err = p.Get(a)
+	}
 	if err != nil {
 		return err
 	}
@@ -388,6 +398,10 @@ func (p *Pool) Release(network, sandbox string, a netip.Addr) error {
 	}
 	return p.free(a.String())
 }
+
+// Free lets a rest, which the caller has just allocated and nobody else knows of. It needs no descriptor, so it works
+// when there are none left.
+func (p *Pool) Free(a netip.Addr) error { return p.free(a.String()) }
 
 // free turns a held address into a resting one.
 func (p *Pool) free(name string) error {

@@ -168,6 +168,12 @@ func TestKeep(t *testing.T) {
 	if want := []netip.Addr{addr["dead"], netip.MustParseAddr("10.0.0.100"), netip.MustParseAddr("10.0.0.101")}; !slices.Equal(freed, want) {
 		t.Errorf("freed %v, want %v", freed, want)
 	}
+	if err := p.Claim(owner("live"), netip.MustParseAddr("10.0.0.103")); err != nil {
+		t.Errorf("claim of a broken record's address: %v", err)
+	}
+	if err := p.Claim(owner("live"), netip.MustParseAddr("10.0.0.102")); !errors.Is(err, errdefs.ErrFailedPrecondition) {
+		t.Errorf("claim of an unknown record's address: %v", err)
+	}
 	// A record of an unknown version is kept, and its address is never given out.
 	full := map[string]bool{}
 	for {

@@ -3,6 +3,8 @@
 package shim_test
 
 import (
+	"fmt"
+	"os"
 	"strings"
 	"syscall"
 	"testing"
@@ -75,4 +77,18 @@ func TestSignal(t *testing.T) {
 		}
 		return "no exit event"
 	})
+}
+
+// The shim's own timer slack is not for containers.
+func TestTimerSlack(t *testing.T) {
+	n := newNode(t)
+	n.start(n.spec("c", "sleep", "1000"))
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/timerslack_ns", n.pid("c")))
+	if err != nil || strings.TrimSpace(string(b)) != "50000" {
+		t.Errorf("slack = %q, %v", b, err)
+	}
+	r, err := n.client.ExecSync(n.ctx(), "c", shim.ExecOptions{Process: n.process("cat", "/proc/self/timerslack_ns")})
+	if err != nil || strings.TrimSpace(string(r.Stdout)) != "50000" {
+		t.Errorf("slack of an exec = %q, %v", r.Stdout, err)
+	}
 }

@@ -24,7 +24,6 @@ import (
 	"runtime"
 	"runtime/debug"
 	"time"
-	"unsafe"
 
 	"github.com/containerd/ttrpc"
 	"github.com/opencontainers/runc/libcontainer/exeseal"
@@ -84,8 +83,6 @@ func run(log *slog.Logger, state, exits string) error {
 		return err
 	}
 	unix.Umask(0o022)
-	// The name of the memory file would be a number.
-	_ = unix.Prctl(unix.PR_SET_NAME, uintptr(unsafe.Pointer(unsafe.StringData("nodeagent-shim\x00"))), 0, 0, 0)
 	if err := os.Chdir("/"); err != nil {
 		return err
 	}

@@ -4,11 +4,8 @@
 // "init" by being libcontainer's init: the process that sets up a container
 // from inside and then becomes its program.
 //
-// It runs in a package initializer and imports nothing but libcontainer, since
-// Go initializes packages in the order of their paths as soon as their imports
-// are ready: so none of ttrpc's and protobuf's initializers (their paths sort
-// later) runs in the start of a container or an exec. Only cmd/nodeagent-shim
-// imports it.
+// It runs in a package initializer, as runc's does, so that main's other packages
+// are not all initialized first. Only cmd/nodeagent-shim imports it.
 package initmode
 
 import (
@@ -16,10 +13,15 @@ import (
 
 	"github.com/opencontainers/runc/libcontainer"
 	_ "github.com/opencontainers/runc/libcontainer/nsenter" // the C half of init
+	"golang.org/x/sys/unix"
 )
 
 func init() {
 	if len(os.Args) > 1 && os.Args[1] == "init" {
+		// The kernel's default for the container; the shim has set another
+		// for its threads, and this one, which becomes the container's program,
+		// inherited it.
+		_ = unix.Prctl(unix.PR_SET_TIMERSLACK, 50_000, 0, 0, 0)
 		libcontainer.Init()
 	}
 }

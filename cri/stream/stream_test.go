@@ -3,6 +3,7 @@ package stream
 import (
 	"bytes"
 	"context"
+	"crypto/tls"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
@@ -110,8 +111,13 @@ func (s *process) Close() error {
 // goroutine, descriptor or process behind.
 func serve(t *testing.T, rt *processes) *Server {
 	t.Helper()
+	return serveWith(t, Config{}, rt)
+}
+
+func serveWith(t *testing.T, c Config, rt *processes) *Server {
+	t.Helper()
 	fds, goroutines := count(t), runtime.NumGoroutine()
-	s, err := New(Config{}, rt)
+	s, err := New(c, rt)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -210,7 +216,7 @@ func dialSPDY(t *testing.T, rawURL, protocol string, r *runtimeapi.ExecRequest) 
 
 func spdyConn(t *testing.T, rawURL, protocol string) httpstream.Connection {
 	t.Helper()
-	rt, err := spdy.NewRoundTripper(nil)
+	rt, err := spdy.NewRoundTripper(&tls.Config{InsecureSkipVerify: true})
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -511,6 +517,37 @@ func TestExecSurvivesClient(t *testing.T) {
 	if err := rt.alive[0].cmd.Process.Signal(unix.Signal(0)); err != nil {
 		t.Errorf("the process is gone: %v", err)
 	}
+}
+
+func TestTLS(t *testing.T) {
+	pair := httptest.NewUnstartedServer(nil)
+	pair.StartTLS()
+	certs := pair.TLS.Certificates
+	pair.Close()
+	rt := &processes{}
+	s := serveWith(t, Config{TLS: &tls.Config{Certificates: certs}}, rt)
+	r := &runtimeapi.ExecRequest{ContainerId: "c", Cmd: []string{"cat"}, Stdin: true, Stdout: true, Tty: true}
+	resp, err := s.GetExec(r)
+	if err != nil || !strings.HasPrefix(resp.Url, "https://") {
+		t.Fatal(resp, err)
+	}
+	c := dialSPDY(t, resp.Url, "v4.channel.k8s.io", r)
+	if _, err := c.stdin.Write([]byte("hello")); err != nil {
+		t.Fatal(err)
+	}
+	got := make([]byte, 5)
+	if _, err := io.ReadFull(c.stdout, got); err != nil || string(got) != "hello" {
+		t.Errorf("got %q, %v", got, err)
+	}
+	c.close()
+	eventually(t, "process killed", func() bool {
+		select {
+		case <-rt.alive[0].end:
+			return true
+		default:
+			return false
+		}
+	})
 }
 
 func TestTokensAreForOneUse(t *testing.T) {

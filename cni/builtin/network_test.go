@@ -781,3 +781,33 @@ func TestDescriptorsExhausted(t *testing.T) {
 		t.Errorf("%d failed, %d worked: the test does not test", failed, worked)
 	}
 }
+
+// TestDiskFull attaches when no address record can be written.
+func TestDiskFull(t *testing.T) {
+	l := lab.New(t)
+	root := filepath.Join(l.Dir, "root")
+	if err := os.Mkdir(root, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("tmpfs", root, "tmpfs", 0, "size=64k"); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = unix.Unmount(root, unix.MNT_DETACH) })
+	n := newNetwork(t, l, nil)
+	a := newPod(t, l, n, "a")
+	_ = os.WriteFile(filepath.Join(root, "fill"), make([]byte, 64<<10), 0o600)
+	_, err := attachPorts(t, l, n, "b")
+	if !errors.Is(err, unix.ENOSPC) {
+		t.Errorf("error %v", err)
+	}
+	if links, held := l.Links("na"), heldBy(t, n); len(links) != 1 || len(held) != 1 {
+		t.Errorf("links %v, held %v", links, held)
+	}
+	// Removal needs no space.
+	if err := n.Detach(context.Background(), a.Attachment, a.IPs); err != nil {
+		t.Error(err)
+	}
+	if held := heldBy(t, n); len(held) != 0 {
+		t.Errorf("held %v", held)
+	}
+}

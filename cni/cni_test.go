@@ -432,6 +432,31 @@ func TestFailedAddIsUndone(t *testing.T) {
 	}
 }
 
+// TestRemovalWaitsForPlugins: the caller gives up while a plugin's child still works. The removal that follows comes after it.
+func TestRemovalWaitsForPlugins(t *testing.T) {
+	f := newFixture(t, nil)
+	script := `#!/bin/sh
+cat >/dev/null
+case $CNI_COMMAND in
+ADD) sh -c 'sleep 0.5; echo made > "` + f.Dir + `/made"' & wait;;
+DEL) [ -e "` + f.Dir + `/made" ] && echo yes > "` + f.Dir + `/removed-after";;
+esac
+exit 0
+`
+	if err := os.WriteFile(filepath.Join(f.bin, "slow"), []byte(script), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	f.write("10.conflist", `{"cniVersion":"1.0.0","name":"slow","plugins":[{"type":"slow"}]}`)
+	ctx, cancel := context.WithTimeout(context.Background(), 100*time.Millisecond)
+	defer cancel()
+	if _, err := f.m.Setup(ctx, f.request()); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("error %v", err)
+	}
+	if _, err := os.Stat(filepath.Join(f.Dir, "removed-after")); err != nil {
+		t.Error("the removal did not wait:", err)
+	}
+}
+
 // TestCapabilities records what a plugin is handed.
 func TestCapabilities(t *testing.T) {
 	f := newFixture(t, func(c *Config) {

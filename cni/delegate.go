@@ -20,6 +20,7 @@ import (
 	"github.com/containernetworking/cni/pkg/version"
 	"github.com/nodeagent/nodeagent/cni/netns"
 	"github.com/nodeagent/nodeagent/cni/rtnl"
+	"golang.org/x/sys/unix"
 )
 
 // podIfName is the name of the pod's interface.
@@ -153,7 +154,7 @@ func (d *delegate) add(ctx context.Context, list *libcni.NetworkConfigList, req 
 	if err := d.save(a); err != nil {
 		return Result{}, err
 	}
-	res, err := d.addList(ctx, list, a.runtimeConf(req.Netns))
+	res, err := d.addHolding(ctx, list, a.runtimeConf(req.Netns))
 	if err == nil {
 		return res, nil
 	}
@@ -164,6 +165,44 @@ func (d *delegate) add(ctx context.Context, list *libcni.NetworkConfigList, req 
 		err = errors.Join(err, fmt.Errorf("undo: %w", derr))
 	}
 	return Result{}, err
+}
+
+// addHolding is addList with the sandbox locked against a DEL, here or in a later process, as long as a plugin runs.
+func (d *delegate) addHolding(ctx context.Context, list *libcni.NetworkConfigList, rt *libcni.RuntimeConf) (Result, error) {
+	f, err := d.hold(ctx, rt.ContainerID)
+	if err != nil {
+		return Result{}, err
+	}
+	defer f.Close()
+	return d.addList(holding(ctx, f), list, rt)
+}
+
+// holdTimeout is how long plugins of the same sandbox that still run are waited for.
+const holdTimeout = 20 * time.Second
+
+// hold locks the attachment file of a sandbox. Plugins inherit the lock: while one runs that was started by a process
+// since killed, or one's child does, this waits; but not for ever, since it may be a service that a plugin left behind.
+func (d *delegate) hold(ctx context.Context, sandbox string) (*os.File, error) {
+	f, err := os.Open(d.file(sandbox))
+	if err != nil {
+		return nil, fmt.Errorf("lock CNI attachment of sandbox %s: %w", sandbox, err)
+	}
+	for deadline := time.Now().Add(holdTimeout); ; {
+		err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil || err == unix.EWOULDBLOCK && time.Now().After(deadline) {
+			return f, nil
+		}
+		if err != unix.EWOULDBLOCK && err != unix.EINTR {
+			f.Close()
+			return nil, fmt.Errorf("lock CNI attachment of sandbox %s: %w", sandbox, err)
+		}
+		select {
+		case <-ctx.Done():
+			f.Close()
+			return nil, fmt.Errorf("wait for the CNI plugins of sandbox %s that still run: %w", sandbox, context.Cause(ctx))
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
 }
 
 func (d *delegate) addList(ctx context.Context, list *libcni.NetworkConfigList, rt *libcni.RuntimeConf) (Result, error) {
@@ -255,6 +294,14 @@ func (d *delegate) del(ctx context.Context, sandbox, netnsPath string, fallback 
 		netnsPath = "" // what CNI says for a namespace that is gone
 	} else {
 		h.Close()
+	}
+	f, err := d.hold(ctx, sandbox)
+	switch {
+	case err == nil:
+		defer f.Close()
+		ctx = holding(ctx, f)
+	case !errors.Is(err, fs.ErrNotExist):
+		return err
 	}
 	if err := d.cni.DelNetworkList(ctx, list, a.runtimeConf(netnsPath)); err != nil {
 		return fmt.Errorf("remove sandbox %s from CNI network %q: %w", sandbox, list.Name, classify(err))

@@ -109,6 +109,10 @@ test: build testtool test-deps ## run all tests (as root; ARGS are passed to go 
 		echo "TESTS FAILED after $$((SECONDS-start)) s: look for FAIL above" >&2; exit 1; \
 	fi
 
+.PHONY: soak
+soak: build test-deps ## kill daemon and shim at random for a long time (SOAK=30m)
+	$(GO) test -count=1 -timeout 24h -v -run 'Random|Often' ./test/crash -soak $(or $(SOAK),30m) $(ARGS)
+
 .PHONY: lint
 lint: deps ## go vet, gofmt, staticcheck, house rules
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); \

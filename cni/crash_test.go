@@ -41,7 +41,7 @@ const (
 
 func crashManager(dir string) (*Manager, error) {
 	return New(Config{
-		Name: "crash", HostNetns: filepath.Join(dir, "node"), Masquerade: true, Quarantine: 50 * time.Millisecond,
+		Name: "crash", HostNetns: filepath.Join(dir, "node"), ConfDir: filepath.Join(dir, "net.d"), BinDirs: []string{"/usr/lib/cni"}, Masquerade: true, Quarantine: 50 * time.Millisecond,
 		StateDir: filepath.Join(dir, "state"), RootDir: filepath.Join(dir, "root"),
 		PodCIDRs: []netip.Prefix{netip.MustParsePrefix("10.77.0.0/24"), netip.MustParsePrefix("fd77::/64")},
 		Log:      slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn})),
@@ -120,7 +120,11 @@ func churn(ctx context.Context, m *Manager, dir string, worker, count int, mine 
 		}
 		sctx, cancel := ctx, context.CancelFunc(func() {})
 		if rand.IntN(4) == 0 {
-			sctx, cancel = context.WithTimeout(ctx, time.Duration(rand.IntN(2000))*time.Microsecond)
+			limit := 2 * time.Millisecond
+			if name, _ := m.Network(); name != Builtin {
+				limit = 200 * time.Millisecond
+			}
+			sctx, cancel = context.WithTimeout(ctx, rand.N(limit))
 		}
 		res, err := m.Setup(sctx, req)
 		cancel()
@@ -164,12 +168,82 @@ func readEvents(dir string) (live map[int]event, count int, err error) {
 
 func TestCrashes(t *testing.T) {
 	l := lab.New(t)
-	for i := range crashSlots {
-		l.Netns(fmt.Sprint("pod", i))
-	}
 	want := 1000
 	if testing.Short() {
 		want = 100
+	}
+	crashAndVerify(t, l, want, verifyCrash)
+	m, err := crashManager(l.Dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	if err := errors.Join(m.Reconcile(context.Background(), nil, nil), m.Remove(context.Background())); err != nil {
+		t.Error(err)
+	}
+	(&fixture{Lab: l, t: t}).empty()
+}
+
+// TestCrashesForeign is the same on a network of other plugins, whose processes may outlive the daemon's kill.
+func TestCrashesForeign(t *testing.T) {
+	debianPlugins(t, "bridge", "host-local")
+	l := lab.New(t)
+	want := 40
+	if testing.Short() {
+		want = 5
+	}
+	store := filepath.Join(l.Dir, "hostlocal")
+	if err := os.Mkdir(filepath.Join(l.Dir, "net.d"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(l.Dir, "net.d", "10.conflist"), fmt.Appendf(nil, bridgeConf, "1.0.0", "bridged", store), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	crashAndVerify(t, l, want, func(t *testing.T, l *lab.Lab, live map[int]event) { verifyForeign(t, l, store, live) })
+	verifyForeign(t, l, store, nil)
+}
+
+func verifyForeign(t *testing.T, l *lab.Lab, store string, live map[int]event) {
+	t.Helper()
+	m, err := crashManager(l.Dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	var reqs []Request
+	results := map[string]Result{}
+	for _, e := range live {
+		reqs, results[e.Req.SandboxID] = append(reqs, e.Req), e.Res
+	}
+	if err := m.Reconcile(context.Background(), reqs, results); err != nil {
+		t.Error(err)
+	}
+	for _, e := range live {
+		if err := m.Check(context.Background(), e.Req, e.Res); err != nil {
+			t.Error(err)
+		}
+	}
+	for what, c := range map[string]struct {
+		pattern string
+		want    int
+	}{
+		"IPv4 addresses": {filepath.Join(store, "bridged", "10.*"), len(live)}, "IPv6 addresses": {filepath.Join(store, "bridged", "fd*"), len(live)},
+		"attachments": {filepath.Join(l.Dir, "root/cni/attachments/*"), len(live)}, "results": {filepath.Join(l.Dir, "root/cni/results/*"), len(live)},
+	} {
+		if got, _ := filepath.Glob(c.pattern); len(got) != c.want {
+			t.Errorf("%s: %v, want %d", what, got, c.want)
+		}
+	}
+	if got := l.Links("veth"); len(got) != len(live) {
+		t.Errorf("links %v, want %d", got, len(live))
+	}
+}
+
+// crashAndVerify kills the daemon until it has set up want pods, and verifies after each kill.
+func crashAndVerify(t *testing.T, l *lab.Lab, want int, verify func(*testing.T, *lab.Lab, map[int]event)) {
+	t.Helper()
+	for i := range crashSlots {
+		l.Netns(fmt.Sprint("pod", i))
 	}
 	kills, deadline := 0, time.Now().Add(4*time.Minute)
 	for {
@@ -197,7 +271,7 @@ func TestCrashes(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		verifyCrash(t, l, live)
+		verify(t, l, live)
 		if t.Failed() {
 			t.FailNow()
 		}
@@ -209,15 +283,6 @@ func TestCrashes(t *testing.T) {
 			break
 		}
 	}
-	m, err := crashManager(l.Dir)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer m.Close()
-	if err := errors.Join(m.Reconcile(context.Background(), nil, nil), m.Remove(context.Background())); err != nil {
-		t.Error(err)
-	}
-	(&fixture{Lab: l, t: t}).empty()
 }
 
 // verifyCrash reconciles as a fresh daemon does, and compares.

@@ -185,14 +185,14 @@ func TestExitsWhileDaemonIsAway(t *testing.T) {
 // A start that the shim does not live to end leaves nothing, wherever it dies.
 func TestKillShimWhileStarting(t *testing.T) {
 	n := newNode(t)
-	for i := range 30 {
+	for i := range 24 {
 		id := "c" + strconv.Itoa(i)
 		done := make(chan error, 1)
 		go func() {
 			_, err := n.client.Start(n.ctx(), n.spec(id, "sleep", "1000"))
 			done <- err
 		}()
-		time.Sleep(time.Duration(i) * 900 * time.Microsecond)
+		time.Sleep(time.Duration(i) * 1100 * time.Microsecond)
 		n.killShim()
 		err := <-done
 		if rerr := n.client.Ready(n.ctx()); rerr != nil {

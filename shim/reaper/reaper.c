@@ -297,7 +297,7 @@ static void shim_ended(const siginfo_t *si)
 	if (lived > 1000000000LL)
 		delay_ms = 0;
 	else
-		delay_ms = delay_ms ? (delay_ms * 2 > 1000 ? 1000 : delay_ms * 2) : 10;
+		delay_ms = delay_ms ? (delay_ms * 2 > 500 ? 500 : delay_ms * 2) : 10;
 }
 
 static void reap(void)

@@ -5,6 +5,7 @@
 package record
 
 import (
+	"bytes"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -25,9 +26,9 @@ const Version = 1
 // ErrVersion is in the error of a file of another version.
 var ErrVersion = errors.New("record of a version that this program does not know")
 
-// Facts is StateDir/c/<id>/facts.json: a container that was started. It is
-// written, not synced, before the container's program runs; it dies with the
-// boot, as the container does.
+// Facts is the second line of a container's journal: a container that was
+// started. It is written, not synced, before the container's program runs; it
+// dies with the boot, as the container does.
 type Facts struct {
 	Version     int               `json:"version"`
 	ID          string            `json:"id"`
@@ -165,15 +166,42 @@ func create(path string) (*os.File, error) {
 	}
 }
 
-// WriteNew writes v as JSON to path, where no file is, in one system call. A
-// kill can leave the file empty, but not torn: for records that need not be
-// there.
-func WriteNew(path string, v any) error {
+// Journal is a file of records, one a line, that a process adds to and a later
+// one reads.
+type Journal struct{ f *os.File }
+
+// NewJournal makes the file at path, empty.
+func NewJournal(path string) (Journal, error) {
+	f, err := create(path)
+	return Journal{f}, err
+}
+
+// Append adds v as JSON, with one system call that a kill cannot divide. It is
+// not synced.
+func (j Journal) Append(v any) error {
 	b, err := json.Marshal(v)
 	if err != nil {
-		return fmt.Errorf("encode %s: %w", path, err)
+		return fmt.Errorf("encode record of %s: %w", j.f.Name(), err)
 	}
-	return writeTemp(path, b, false)
+	_, err = j.f.Write(append(b, '\n'))
+	return err
+}
+
+// Close closes the file.
+func (j Journal) Close() error { return j.f.Close() }
+
+// ReadJournal returns the complete lines of a journal; none when there is no
+// file.
+func ReadJournal(path string) ([][]byte, error) {
+	b, err := os.ReadFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, err
+	}
+	lines := bytes.Split(b, []byte{'\n'})
+	return lines[:len(lines)-1], nil // what is after the last newline is not complete
 }
 
 // SyncDir makes the names in dir durable.

@@ -92,3 +92,29 @@ func FuzzDecode(f *testing.F) {
 		}
 	})
 }
+
+func TestJournal(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "journal")
+	if lines, err := ReadJournal(path); len(lines) != 0 || err != nil {
+		t.Errorf("no file: %q, %v", lines, err)
+	}
+	j, err := NewJournal(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer j.Close()
+	for i, v := range []any{"one", map[string]int{"two": 2}} {
+		if err := j.Append(v); err != nil {
+			t.Fatal(err)
+		}
+		if lines, err := ReadJournal(path); len(lines) != i+1 || err != nil {
+			t.Errorf("%q, %v", lines, err)
+		}
+	}
+	if err := os.WriteFile(path, []byte("\"one\"\n{\"tw"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if lines, err := ReadJournal(path); len(lines) != 1 || string(lines[0]) != `"one"` || err != nil {
+		t.Errorf("%q, %v", lines, err)
+	}
+}

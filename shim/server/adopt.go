@@ -78,24 +78,24 @@ func (s *Server) sameBoot() (bool, error) {
 
 func (s *Server) adopt(ctx context.Context, id string, sameBoot bool) error {
 	c := s.newContainer(id)
-	b, err := os.ReadFile(filepath.Join(c.dir, "facts.json"))
-	if errors.Is(err, os.ErrNotExist) || err == nil && len(b) == 0 {
-		return s.abandon(c) // facts come before the release
-	}
+	lines, err := record.ReadJournal(c.journal())
 	if err != nil {
 		return err
 	}
-	if c.facts, err = record.DecodeFacts(b); err != nil {
+	if len(lines) < 2 {
+		return s.abandon(c, lines) // facts come before the release
+	}
+	if c.facts, err = record.DecodeFacts(lines[1]); err != nil {
 		return err
 	}
 	if c.facts.ID != id {
 		return fmt.Errorf("its facts are of container %q", c.facts.ID)
 	}
-	if _, err := os.Stat(filepath.Join(c.lcRoot(), id, "exec.fifo")); err == nil {
-		return s.abandon(c) // it was never released
+	if _, err := os.Stat(filepath.Join(c.dir, "exec.fifo")); err == nil {
+		return s.abandon(c, lines) // it was never released
 	}
 	c.adopted = true
-	if c.lc, err = libcontainer.Load(c.lcRoot(), id); err != nil {
+	if c.lc, err = libcontainer.Load(s.root(), id); err != nil {
 		return err
 	}
 	cfg := c.lc.Config()
@@ -202,11 +202,10 @@ func (s *Server) adoptStdio(c *container) error {
 }
 
 // abandon removes what a start has left that never ended.
-func (s *Server) abandon(c *container) error {
+func (s *Server) abandon(c *container, journal [][]byte) error {
 	var in intent
-	b, err := os.ReadFile(filepath.Join(c.dir, "intent.json"))
-	if err == nil && len(b) > 0 { // otherwise nothing was made yet
-		if err := json.Unmarshal(b, &in); err != nil {
+	if len(journal) > 0 { // otherwise nothing was made yet
+		if err := json.Unmarshal(journal[0], &in); err != nil {
 			return fmt.Errorf("decode intent: %w", err)
 		}
 		if in.Version != record.Version {
@@ -214,9 +213,7 @@ func (s *Server) abandon(c *container) error {
 		}
 	}
 	if in.Cgroup != nil {
-		if in.Cgroup.Resources == nil {
-			in.Cgroup.Resources = &cgroups.Resources{}
-		}
+		in.Cgroup.Resources = &cgroups.Resources{}
 		m, err := manager.New(in.Cgroup)
 		if err != nil {
 			return err
@@ -242,7 +239,7 @@ func (s *Server) abandon(c *container) error {
 
 func (s *Server) killAbandoned(c *container, m cgroups.Manager) error {
 	// The process may not be in all its groups yet.
-	if lc, err := libcontainer.Load(c.lcRoot(), c.id); err == nil {
+	if lc, err := libcontainer.Load(s.root(), c.id); err == nil {
 		_ = lc.Signal(unix.SIGKILL)
 	}
 	if !m.Exists() {

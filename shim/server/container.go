@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"maps"
 	"os"
-	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -208,6 +207,3 @@ func killCgroup(m cgroups.Manager, deadline time.Time) error {
 		time.Sleep(wait)
 	}
 }
-
-// lcRoot is what libcontainer calls root for this container.
-func (c *container) lcRoot() string { return filepath.Join(c.dir, "lc") }

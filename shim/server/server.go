@@ -8,14 +8,15 @@
 //
 // cmd/nodeagent-shim runs it; the daemon reaches it through package shim.
 //
-// What it must remember is on disk before anybody can see it: facts.json before
+// What it must remember is on disk before anybody can see it: the facts before
 // the program of a container runs, the exit record (synced) before an exit is
 // published, and the log (see criolog). So it may be killed at any instruction:
 // the next one adopts the containers from their facts (adopt.go).
 //
-// Files of a container, in StateDir/c/<id>: intent.json (what to remove if the
-// start never ends), facts.json, lc/ (libcontainer), fifos, spools. The first
-// holds from before the first kernel object is made.
+// Files of a container, in StateDir/c/<id>: libcontainer's state.json and
+// exec.fifo, fifos, spools, and journal. That has a line with what to remove
+// if the start never ends, from before the first kernel object is made, and a
+// line with the facts.
 //
 // Goroutines, for each container: one that waits for its end, one for each
 // output (two for a terminal), one for each attached client; all end when the
@@ -92,7 +93,9 @@ func New(cfg Config) (*Server, error) {
 	return s, nil
 }
 
-func (s *Server) dir(id string) string      { return filepath.Join(s.cfg.StateDir, "c", id) }
+// root is what libcontainer calls so: the directory with one of each container.
+func (s *Server) root() string              { return filepath.Join(s.cfg.StateDir, "c") }
+func (s *Server) dir(id string) string      { return filepath.Join(s.root(), id) }
 func (s *Server) exitPath(id string) string { return filepath.Join(s.cfg.ExitDir, id+".json") }
 
 // get returns the container that is started.

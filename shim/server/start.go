@@ -25,7 +25,8 @@ import (
 	"github.com/nodeagent/nodeagent/shim/record"
 )
 
-// intent is what has to be removed when a start never ends.
+// intent is the first line of the journal: what has to be removed when a start
+// never ends.
 type intent struct {
 	Version int             `json:"version"`
 	Cgroup  *cgroups.Cgroup `json:"cgroup"`
@@ -117,18 +118,24 @@ func (s *Server) create(ctx context.Context, c *container, req *api.StartRequest
 	}
 	lp.Init = true
 
-	if err := os.MkdirAll(c.dir, 0o700); err != nil {
+	if c.lc, err = libcontainer.Create(s.root(), c.id, cfg); err != nil {
+		return startError(err)
+	}
+	back.push(func() {
+		if err := c.lc.Destroy(); err != nil {
+			s.cfg.Log.Error("undo start: remove container", "container", c.id, "err", err)
+		}
+	})
+	journal, err := record.NewJournal(c.journal())
+	if err != nil {
 		return err
 	}
-	back.push(func() { s.removeDir(c.dir) })
-	resources := cfg.Cgroups.Resources
+	defer journal.Close()
 	bare := *cfg.Cgroups
-	bare.Resources = &cgroups.Resources{}
-	if err := record.WriteNew(filepath.Join(c.dir, "intent.json"), intent{record.Version, &bare}); err != nil {
+	bare.Resources = nil
+	if err := journal.Append(intent{record.Version, &bare}); err != nil {
 		return err
 	}
-	cfg.Cgroups.Resources = resources
-
 	if c.log, err = s.openLog(c); err != nil {
 		return err
 	}
@@ -140,14 +147,6 @@ func (s *Server) create(ctx context.Context, c *container, req *api.StartRequest
 	back.push(c.io.close)
 	defer child.close()
 
-	if c.lc, err = libcontainer.Create(c.lcRoot(), c.id, cfg); err != nil {
-		return startError(err)
-	}
-	back.push(func() {
-		if err := c.lc.Destroy(); err != nil {
-			s.cfg.Log.Error("undo start: remove container", "container", c.id, "err", err)
-		}
-	})
 	if err := ctx.Err(); err != nil {
 		return err
 	}
@@ -162,7 +161,7 @@ func (s *Server) create(ctx context.Context, c *container, req *api.StartRequest
 		_ = unix.Kill(pid, unix.SIGKILL)
 		reap(pid)
 	})
-	if err := s.noteStarted(c, pid, child); err != nil {
+	if err := s.noteStarted(c, pid, child, journal); err != nil {
 		return err
 	}
 	child.close()
@@ -184,8 +183,10 @@ func (s *Server) create(ctx context.Context, c *container, req *api.StartRequest
 	return nil
 }
 
+func (c *container) journal() string { return filepath.Join(c.dir, "journal") }
+
 // noteStarted writes the facts of the process that waits for its release.
-func (s *Server) noteStarted(c *container, pid int, child *childIO) (err error) {
+func (s *Server) noteStarted(c *container, pid int, child *childIO, journal record.Journal) (err error) {
 	if c.pidfd, err = openPidfd(pid); err != nil {
 		return err
 	}
@@ -215,7 +216,7 @@ func (s *Server) noteStarted(c *container, pid int, child *childIO) (err error) 
 	}
 	s.keep(c)
 	c.facts.StartedAt = time.Now()
-	return record.WriteNew(filepath.Join(c.dir, "facts.json"), c.facts)
+	return journal.Append(c.facts)
 }
 
 // reap takes the exit status of a dead child.

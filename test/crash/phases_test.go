@@ -60,11 +60,17 @@ func TestPhases(t *testing.T) {
 			phase := c.call + "/" + point
 			t.Run(phase, func(t *testing.T) {
 				p := r.newPod()
-				if phase == "StopContainer/kill" || phase == "StopContainer/done" { // the grace period has to pass
-					p.ctr.Command = []string{"/bin/sh", "-c", "trap '' TERM; while :; do sleep 1; done"}
+				deaf := phase == "StopContainer/kill" || phase == "StopContainer/done"
+				if deaf { // the grace period has to pass
+					p.ctr.Command = []string{"/bin/sh", "-c", "trap '' TERM; echo 1; while :; do sleep 1; done"}
 				}
 				if c.before != nil {
 					must(t, "prepare", c.before(p))
+				}
+				if deaf { // it has to get so far
+					for n := 0; n < 1; n, _ = p.numbers() {
+						time.Sleep(10 * time.Millisecond)
+					}
 				}
 				r.arm(phase)
 				err := c.do(p)

@@ -234,7 +234,8 @@ func (m *Manager) Unwire(ctx context.Context, netns string) error {
 }
 
 // Reconcile frees every address, link, host port and attachment of ours whose sandbox is not in live, and restores
-// records of live ones. results is by sandbox ID. Namespaces prewired by this process stay.
+// records of live ones. results is by sandbox ID. Namespaces prewired by this process stay. It is for the start, before
+// the first Setup: a sandbox whose Setup ends while it runs, and which is not in live, is taken for dead.
 func (m *Manager) Reconcile(ctx context.Context, live []Request, results map[string]Result) error {
 	var ours []builtin.Live
 	all := map[string]bool{}

@@ -141,6 +141,13 @@ func TestMTUAndNames(t *testing.T) {
 }
 
 func TestNoIPv6(t *testing.T) {
+	t.Run("host's new links", func(t *testing.T) {
+		l := lab.New(t)
+		sysctl(t, l.Node, "net/ipv6/conf/default/disable_ipv6", "1")
+		if a := newPod(t, l, newNetwork(t, l, nil), "a"); len(a.IPs) != 1 {
+			t.Errorf("addresses %v", a.IPs)
+		}
+	})
 	t.Run("host", func(t *testing.T) {
 		l := lab.New(t)
 		sysctl(t, l.Node, "net/ipv6/conf/all/disable_ipv6", "1")

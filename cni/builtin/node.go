@@ -66,7 +66,8 @@ func (n *Network) warnOfFirewall() {
 
 // inspect reads what the host has: IPv6, MTU, and whether the pods' ranges are free.
 func (n *Network) inspect() (*node, error) {
-	nd := &node{v6: n.readSysctl("net/ipv6/conf/all/disable_ipv6") == "0"}
+	// The pods' links take over "default".
+	nd := &node{v6: n.readSysctl("net/ipv6/conf/all/disable_ipv6") == "0" && n.readSysctl("net/ipv6/conf/default/disable_ipv6") == "0"}
 	ranges, err := ipam.NewRanges(n.cidrs())
 	if err != nil {
 		return nil, err
@@ -86,7 +87,7 @@ func (n *Network) inspect() (*node, error) {
 		}
 	}
 	if len(nd.ranges[0])+len(nd.ranges[1]) == 0 {
-		return nil, fmt.Errorf("pod ranges are IPv6 only and this host has no IPv6 (net.ipv6.conf.all.disable_ipv6 or no support in the kernel): %w", errdefs.ErrFailedPrecondition)
+		return nil, fmt.Errorf("pod ranges are IPv6 only and this host has no IPv6 (net.ipv6.conf.all or default.disable_ipv6 is set, or the kernel has no support): %w", errdefs.ErrFailedPrecondition)
 	}
 	if dropped {
 		n.log.Warn("this host has no IPv6: pods get IPv4 addresses only")

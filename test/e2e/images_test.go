@@ -34,6 +34,20 @@ type testRegistry struct {
 // hostsDir is a directory of hosts.toml files, filled by tests of mirrors.
 func (r *testRegistry) hostsDir() string { return filepath.Join(workDir, "certs.d") }
 
+// testTool is the program in test images: $NODEAGENT_TESTTOOL, or built now.
+func testTool() (string, error) {
+	if tool := os.Getenv("NODEAGENT_TESTTOOL"); tool != "" {
+		return tool, nil
+	}
+	tool := filepath.Join(workDir, "testtool")
+	build := exec.Command("go", "build", "-o", tool, "github.com/nodeagent/nodeagent/test/images/testtool")
+	build.Env = append(os.Environ(), "CGO_ENABLED=0")
+	if out, err := build.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("build the test tool: %w: %s", err, out)
+	}
+	return tool, nil
+}
+
 func startRegistry() (*testRegistry, error) {
 	s, err := registry.Start(registry.Config{})
 	if err != nil {
@@ -43,11 +57,9 @@ func startRegistry() (*testRegistry, error) {
 	if err := os.MkdirAll(r.hostsDir(), 0o755); err != nil {
 		return nil, err
 	}
-	tool := filepath.Join(workDir, "testtool")
-	build := exec.Command("go", "build", "-o", tool, "github.com/nodeagent/nodeagent/test/images/testtool")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		return nil, fmt.Errorf("build the test tool: %w: %s", err, out)
+	tool, err := testTool()
+	if err != nil {
+		return nil, err
 	}
 	base := append(busyboxEntries(), images.Executable("bin/testtool", tool))
 	layer, err := images.NewLayer(images.Gzip, base...)

@@ -15,8 +15,11 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
+
+	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/nodeagent/nodeagent/test/e2e/node"
 )
@@ -26,6 +29,8 @@ var (
 	shared  *node.Node
 	hub     *testRegistry
 	workDir string
+
+	systemdDriver bool // the shared daemon has systemd make cgroups
 )
 
 const cgroupTop = "nae2e"
@@ -78,6 +83,11 @@ func run(m *testing.M) int {
 		}
 		node.RemoveCgroups(podCgroup(""))
 	}()
+	conf, err := shared.Runtime().RuntimeConfig(ctx, &runtimeapi.RuntimeConfigRequest{})
+	if err != nil {
+		return fail(err)
+	}
+	systemdDriver = conf.GetLinux().GetCgroupDriver() == runtimeapi.CgroupDriver_SYSTEMD
 	if err := pullAll(ctx, shared); err != nil {
 		return fail(err)
 	}
@@ -102,7 +112,15 @@ func nodeName(prefix string) string {
 	return fmt.Sprintf("e%s%d", prefix, os.Getpid()%100000)
 }
 
-// podCgroup is the cgroup parent of the pod called name.
+// podCgroup is the cgroup parent of the pod called name, as a kubelet with the
+// daemon's cgroup driver would give it; "" names the parent of them all.
 func podCgroup(name string) string {
-	return fmt.Sprintf("/%s-%d/%s", cgroupTop, os.Getpid(), name)
+	if !systemdDriver {
+		return fmt.Sprintf("/%s-%d/%s", cgroupTop, os.Getpid(), name)
+	}
+	top := fmt.Sprintf("%s%d", cgroupTop, os.Getpid())
+	if name == "" {
+		return "/" + top + ".slice"
+	}
+	return fmt.Sprintf("/%s.slice/%s-%s.slice", top, top, strings.ReplaceAll(name, "-", "_"))
 }

@@ -91,7 +91,7 @@ type Node struct {
 	log  *os.File
 }
 
-// Start writes the configuration, starts the daemon and waits until its CRI
+// Start writes the configuration ($NODEAGENT_CGROUP_DRIVER in it), starts the daemon and waits until its CRI
 // socket answers Version.
 func Start(ctx context.Context, c Config) (*Node, error) {
 	n, err := New(c)
@@ -154,8 +154,11 @@ func (n *Node) yaml() string {
 	p("apiVersion: nodeagent.dev/v1\nkind: Config")
 	p("root: %q\nstate: %q", n.Root, n.State)
 	p("log:\n  level: %s\n  format: text", c.LogLevel)
-	if c.Seccomp != "" || c.CRIExtra != "" {
+	if driver := os.Getenv("NODEAGENT_CGROUP_DRIVER"); c.Seccomp != "" || c.CRIExtra != "" || driver != "" {
 		p("cri:")
+		if driver != "" {
+			p("  cgroupDriver: %s", driver)
+		}
 		if c.Seccomp != "" {
 			p("  unsetSeccompProfile: %s", c.Seccomp)
 		}

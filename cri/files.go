@@ -64,6 +64,15 @@ func removeSandboxFiles(dir string) error {
 	if err := unmountShm(dir); err != nil {
 		return err
 	}
+	// What we made, by name; the slower way is for what we did not expect.
+	f := spec.FilesIn(dir)
+	for _, p := range []string{f.Hostname, f.ResolvConf} {
+		_ = unix.Unlink(p)
+	}
+	_ = unix.Rmdir(f.Shm)
+	if unix.Rmdir(dir) == nil {
+		return nil
+	}
 	if err := os.RemoveAll(dir); err != nil {
 		return fmt.Errorf("remove sandbox directory: %w", err)
 	}

@@ -38,6 +38,7 @@ GOBUILD := $(GO) build -trimpath $(VCS) -ldflags '-s -w'
 # --- Debian packages ----------------------------------------------------------
 BUILD_PACKAGES := gcc libc6-dev libseccomp-dev pkg-config ca-certificates
 TEST_PACKAGES := busybox-static nftables iproute2 containernetworking-plugins
+VM_PACKAGES := debootstrap qemu-system-x86 e2fsprogs
 BENCH_PACKAGES := containerd runc crun iptables
 
 # $(call packages,names,command): installs those of the names that are missing;
@@ -113,6 +114,14 @@ test: build testtool test-deps ## run all tests (as root; ARGS are passed to go 
 soak: build test-deps ## kill daemon and shim at random for a long time (SOAK=30m)
 	$(GO) test -count=1 -timeout 24h -v -run 'Random|Often' ./test/crash -soak $(or $(SOAK),30m) $(ARGS)
 
+# Debian 12 in qemu: systemd, cgroup v2, kernel 6.1. The first run makes the
+# root file system, which is kept in build/vm.
+.PHONY: test-vm
+test-vm: deb test-deps ## test the package in a virtual machine (as root; ARGS=-suites=...)
+	$(call packages,$(VM_PACKAGES))
+	@$(GO) build -o build/vm/vm ./test/vm
+	@build/vm/vm -package '$(DEB)' $(ARGS)
+
 .PHONY: lint
 lint: deps ## go vet, gofmt, staticcheck, house rules
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); \
@@ -137,13 +146,30 @@ bench-compare: build test-deps ## measure this runtime beside Debian's container
 
 # --- install ------------------------------------------------------------------
 PREFIX ?= /usr/local
+SYSCONFDIR ?= /etc
+# A tag, or the day and the commit, in a form that dpkg orders.
+VERSION ?= $(shell git describe --tags --match 'v*' 2>/dev/null | sed 's/^v//; s/-/+/g' | grep . || \
+	git log -1 --format=0.0.0+git%cd.%h --date=format:%Y%m%d%H%M 2>/dev/null || echo 0.0.0)
+DEB := build/nodeagent_$(VERSION)_$(GO_ARCH).deb
 
 .PHONY: install
-install: build ## install binaries, completion and manual pages under PREFIX
+install: $(if $(BUILT),,build) ## install binaries, unit, configuration, completion, manual under PREFIX
 	install -D -m 755 -t $(DESTDIR)$(PREFIX)/bin bin/nodeagent bin/nodeagent-shim bin/nodeagent-cni
-	install -d $(DESTDIR)$(PREFIX)/share/bash-completion/completions
+	install -d $(DESTDIR)$(PREFIX)/share/bash-completion/completions $(DESTDIR)$(PREFIX)/lib/systemd/system
 	bin/nodeagent completion bash > $(DESTDIR)$(PREFIX)/share/bash-completion/completions/nodeagent
 	bin/nodeagent man $(DESTDIR)$(PREFIX)/share/man/man8
+	sed 's|@BINDIR@|$(PREFIX)/bin|' packaging/nodeagent.service > $(DESTDIR)$(PREFIX)/lib/systemd/system/nodeagent.service
+	install -D -m 644 packaging/sysctl.conf $(DESTDIR)$(PREFIX)/lib/sysctl.d/60-nodeagent.conf
+	install -D -m 644 packaging/modules-load.conf $(DESTDIR)$(PREFIX)/lib/modules-load.d/nodeagent.conf
+	@[ -e $(DESTDIR)$(SYSCONFDIR)/nodeagent/config.yaml ] || { \
+		install -d $(DESTDIR)$(SYSCONFDIR)/nodeagent; \
+		bin/nodeagent config default > $(DESTDIR)$(SYSCONFDIR)/nodeagent/config.yaml; }
+
+.PHONY: deb
+deb: build ## make the Debian package, build/nodeagent_VERSION_ARCH.deb
+	@rm -rf build/deb
+	@$(MAKE) install BUILT=1 DESTDIR=build/deb PREFIX=/usr >/dev/null
+	@packaging/deb/build.sh build/deb '$(VERSION)' '$(DEB)'
 
 .PHONY: clean
 clean: ## remove what was built

@@ -49,6 +49,13 @@ const (
 	maxParameters = 8
 )
 
+// foreignShape are functions whose parameters an interface of others sets
+// ("folder.name"), with its name.
+var foreignShape = map[string]string{
+	"cri/stream.ExecInContainer": "k8s.io/cri-streaming's remotecommand.Executor",
+	"cri/stream.AttachContainer": "k8s.io/cri-streaming's remotecommand.Attacher",
+}
+
 // testSupport are folders outside test/ that only tests import.
 var testSupport = []string{"cni/lab"}
 

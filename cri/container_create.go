@@ -8,6 +8,8 @@ import (
 
 	"github.com/containerd/errdefs"
 	"github.com/opencontainers/runtime-spec/specs-go"
+	selinux "github.com/opencontainers/selinux/go-selinux"
+	"github.com/opencontainers/selinux/go-selinux/label"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/nodeagent/nodeagent/cri/images"
@@ -150,7 +152,7 @@ func (s *Server) buildContainer(ctx context.Context, b *sandbox, rec *store.Cont
 		Namespaces:  spec.Namespaces{Net: sb.Namespaces.Net, IPC: sb.Namespaces.IPC, UTS: sb.Namespaces.UTS, User: sb.Namespaces.User},
 		Files:       spec.FilesIn(sb.Dir),
 		ImageMounts: map[string]string{},
-		CDI:         s.cfg.CDI,
+		CDI:         s.cfg.CDI, SandboxLabel: sb.Label,
 		Host:        s.cfg.Host, Defaults: s.cfg.Defaults,
 	}
 	if len(image.Config.Config.Volumes) > 0 {
@@ -167,6 +169,9 @@ func (s *Server) buildContainer(ctx context.Context, b *sandbox, rec *store.Cont
 	opts := RootfsOptions{ReadOnly: rec.Config.GetLinux().GetSecurityContext().GetReadonlyRootfs() && in.VolumeDir == ""}
 	if maps != nil {
 		opts.UIDMap, opts.GIDMap, opts.UserNS = maps.UIDs, maps.GIDs, sb.Namespaces.User
+	}
+	if opts.Label, err = s.mountLabel(sb, rec.Config); err != nil {
+		return nil, err
 	}
 	u.push("unmount root filesystem", func(ctx context.Context) error { return s.cfg.Rootfs.Unmount(ctx, rec.ID) })
 	if rec.Rootfs, err = s.cfg.Rootfs.Mount(ctx, rec.ID, rec.ImageID, opts); err != nil {
@@ -194,6 +199,30 @@ func (s *Server) buildContainer(ctx context.Context, b *sandbox, rec *store.Cont
 	}
 	s.phase(ctx, "CreateContainer/spec", rec.ID)
 	return oci, nil
+}
+
+// mountLabel is the SELinux label of the files of a container: the one that
+// goes with the process label its spec will have. "" without SELinux, and for
+// options without a level, whose categories are drawn when the spec is made.
+func (s *Server) mountLabel(sb *store.Sandbox, config *runtimeapi.ContainerConfig) (string, error) {
+	if !s.cfg.Host.SELinux {
+		return "", nil
+	}
+	asked := config.GetLinux().GetSecurityContext().GetSelinuxOptions()
+	opts, err := spec.SELinuxOptions("linux.security_context.selinux_options", asked)
+	if err != nil {
+		return "", err
+	}
+	if len(opts) == 0 {
+		opts, err = selinux.DupSecOpt(sb.Label)
+	} else if asked.GetLevel() == "" {
+		return "", nil
+	}
+	if err != nil || len(opts) == 0 {
+		return "", err
+	}
+	_, mount, err := label.InitLabels(opts)
+	return mount, err
 }
 
 func (s *Server) mountImageVolumes(ctx context.Context, rec *store.Container, opts RootfsOptions, into map[string]string) error {

@@ -82,6 +82,10 @@ func (s *Server) makeSandbox(ctx context.Context, key string, r *runtimeapi.RunP
 	}()
 	s.phase(ctx, "RunPodSandbox/intent", id)
 
+	if rec.Label, err = spec.SandboxLabel(rec.Config, s.cfg.Host); err != nil {
+		return made{}, err
+	}
+	u.push("release SELinux label", func(context.Context) error { spec.ReleaseSandboxLabel(rec.Label); return nil })
 	if err := s.buildSandbox(ctx, b, maps, limits, &u); err != nil {
 		return made{}, err
 	}

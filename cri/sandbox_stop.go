@@ -8,6 +8,7 @@ import (
 	"github.com/containerd/errdefs"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
+	"github.com/nodeagent/nodeagent/cri/spec"
 	"github.com/nodeagent/nodeagent/cri/store"
 )
 
@@ -153,6 +154,7 @@ func (s *Server) removeSandboxLocked(ctx context.Context, b *sandbox) error {
 	b.mu.Lock()
 	b.removed = true
 	b.mu.Unlock()
+	spec.ReleaseSandboxLabel(rec.Label)
 	s.sandboxes.Delete(b.id)
 	s.sandboxNames.free(b.key, b.id)
 	if err := s.dropIntent(b.id); err != nil {

@@ -28,7 +28,8 @@ type Sandbox struct {
 	Namespaces   Namespaces
 	Network      Network
 	CgroupParent string // as given to the cgroup manager, never empty
-	Dir          string // holds resolv.conf, hostname, hosts and shm
+	Label        string // SELinux process label of the pod, "" for none
+	Dir          string // holds resolv.conf, hostname and shm
 	Pause        bool   // a pause container with the sandbox's ID holds the PID namespace
 }
 
@@ -130,6 +131,7 @@ type sandboxRecord struct {
 	Namespaces Namespaces `json:"namespaces"`
 	Network    Network    `json:"network"`
 	Cgroup     string     `json:"cgroup,omitempty"`
+	Label      string     `json:"label,omitempty"`
 	Dir        string     `json:"dir,omitempty"`
 	Pause      bool       `json:"pause,omitempty"`
 }
@@ -165,7 +167,7 @@ func EncodeSandbox(s *Sandbox) ([]byte, error) {
 	return json.Marshal(sandboxRecord{
 		Version: Version, ID: s.ID, CreatedAt: s.CreatedAt.UnixNano(), Boot: s.Boot, Handler: s.Handler,
 		Digest: s.Digest, Config: config, Namespaces: s.Namespaces, Network: s.Network,
-		Cgroup: s.CgroupParent, Dir: s.Dir, Pause: s.Pause,
+		Cgroup: s.CgroupParent, Label: s.Label, Dir: s.Dir, Pause: s.Pause,
 	})
 }
 
@@ -184,7 +186,7 @@ func DecodeSandbox(data []byte) (*Sandbox, error) {
 	s := &Sandbox{
 		ID: r.ID, CreatedAt: time.Unix(0, r.CreatedAt), Boot: r.Boot, Handler: r.Handler, Digest: r.Digest,
 		Config: &runtimeapi.PodSandboxConfig{}, Namespaces: r.Namespaces, Network: r.Network,
-		CgroupParent: r.Cgroup, Dir: r.Dir, Pause: r.Pause,
+		CgroupParent: r.Cgroup, Label: r.Label, Dir: r.Dir, Pause: r.Pause,
 	}
 	if err := unmarshal(r.Config, s.Config); err != nil {
 		return nil, fmt.Errorf("decode sandbox %s: config: %w", r.ID, err)

@@ -44,7 +44,7 @@ func fullSandbox() *Sandbox {
 		},
 		Namespaces:   Namespaces{ID: "x", Net: "/n", IPC: "/i", UTS: "/u", User: "/us"},
 		Network:      Network{IPs: []string{"10.0.0.1"}, HostInterface: "veth", Conf: "builtin", Result: []byte(`{"a":1}`)},
-		CgroupParent: "/kube", Dir: "/d", Pause: true,
+		CgroupParent: "/kube", Label: "l", Dir: "/d", Pause: true,
 	}
 }
 

@@ -153,7 +153,7 @@ func (s *Server) buildContainer(ctx context.Context, b *sandbox, rec *store.Cont
 		Files:       spec.FilesIn(sb.Dir),
 		ImageMounts: map[string]string{},
 		CDI:         s.cfg.CDI, SandboxLabel: sb.Label,
-		Host:        s.cfg.Host, Defaults: s.cfg.Defaults,
+		Host: s.cfg.Host, Defaults: s.cfg.Defaults,
 	}
 	if len(image.Config.Config.Volumes) > 0 {
 		in.VolumeDir = s.cfg.Rootfs.VolumeDir(rec.ID)

@@ -10,6 +10,7 @@ import (
 	"slices"
 
 	"github.com/containerd/errdefs"
+	selinux "github.com/opencontainers/selinux/go-selinux"
 	"github.com/nodeagent/nodeagent/cri/store"
 )
 
@@ -118,6 +119,9 @@ func (s *Server) adoptSandboxes(records []*store.Sandbox, live map[string]Proces
 			b.stopped = true
 		case rec.Pause:
 			b.pausePid = p.Pid
+		}
+		if rec.Label != "" {
+			selinux.ReserveLabel(rec.Label)
 		}
 		s.sandboxes.Add(rec.ID, b)
 		s.sandboxNames.take(b.key, rec.ID, rec.Digest, b.usable)

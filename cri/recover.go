@@ -10,8 +10,8 @@ import (
 	"slices"
 
 	"github.com/containerd/errdefs"
-	selinux "github.com/opencontainers/selinux/go-selinux"
 	"github.com/nodeagent/nodeagent/cri/store"
+	selinux "github.com/opencontainers/selinux/go-selinux"
 )
 
 // Recover takes over what an earlier process left: it reads records, intents

@@ -189,39 +189,45 @@ func (h Host) hierarchies() []string {
 	return slices.Compact(slices.Sorted(maps.Values(h.Mounts)))
 }
 
-// mkdir makes one group and marks it ours. made is false if it was there.
-func mkdir(dir string) (made bool, err error) {
+// mkdir makes one group and marks it as owner's. made is false if it was there.
+func mkdir(dir, owner string) (made bool, err error) {
 	switch err := unix.Mkdir(dir, 0o755); {
 	case errors.Is(err, unix.EEXIST):
 		return false, nil
 	case err != nil:
 		return false, &os.PathError{Op: "mkdir", Path: dir, Err: err}
 	}
-	if err := mark(dir); err != nil {
+	if err := mark(dir, owner); err != nil {
 		_ = unix.Rmdir(dir)
 		return false, err
 	}
 	return true, nil
 }
 
-const markName = "trusted.nodeagent"
+// The mark's name, and its version; the owner's name follows: daemons side by
+// side must not take each other's groups for their own.
+const (
+	markName    = "trusted.nodeagent"
+	markVersion = "1 "
+)
 
-func mark(dir string) error {
-	if err := unix.Setxattr(dir, markName, []byte("1"), 0); err != nil {
+func mark(dir, owner string) error {
+	if err := unix.Setxattr(dir, markName, []byte(markVersion+owner), 0); err != nil {
 		return &os.PathError{Op: "setxattr " + markName, Path: dir, Err: err}
 	}
 	return nil
 }
 
-// marked reports whether we made the group; false if it does not exist.
-func marked(dir string) (bool, error) {
-	var b [8]byte
+// marked reports whether owner made the group; false if it does not exist.
+func marked(dir, owner string) (bool, error) {
+	var b [256]byte
 	switch n, err := unix.Getxattr(dir, markName, b[:]); {
 	case err == nil:
-		if string(b[:n]) != "1" {
+		name, ok := strings.CutPrefix(string(b[:n]), markVersion)
+		if !ok {
 			return false, fmt.Errorf("cgroup %s: unknown mark %q, leaving it alone", dir, b[:n])
 		}
-		return true, nil
+		return name == owner, nil
 	case errors.Is(err, unix.ENODATA), errors.Is(err, unix.ENOENT), errors.Is(err, unix.ENOTDIR):
 		return false, nil
 	default:

@@ -76,8 +76,8 @@ func New(cfg Config) (*Manager, error) {
 	case cfg.Driver == Systemd && !cfg.Host.SystemdRunning:
 		errs = append(errs, fmt.Errorf("cgroup driver %q: systemd does not run on this host: %w", cfg.Driver, errdefs.ErrFailedPrecondition))
 	}
-	if strings.ContainsAny(cfg.Name, "/-:") || strings.HasPrefix(cfg.Name, ".") {
-		errs = append(errs, fmt.Errorf("cgroup name %q: may not hold '/', '-' or ':' nor start with a dot: %w", cfg.Name, errdefs.ErrInvalidArgument))
+	if len(cfg.Name) > 200 || strings.ContainsAny(cfg.Name, "/-:") || strings.HasPrefix(cfg.Name, ".") {
+		errs = append(errs, fmt.Errorf("cgroup name %q: may not have more than 200 bytes, hold '/', '-' or ':' nor start with a dot: %w", cfg.Name, errdefs.ErrInvalidArgument))
 	}
 	if err := errors.Join(errs...); err != nil {
 		return nil, err
@@ -227,7 +227,7 @@ func (m *Manager) ensureDirs(rel string, r *ocicgroups.Resources) (err error) {
 		}
 	}()
 	for _, mount := range m.host.hierarchies() {
-		if err := mkdirAll(mount, rel, &made); err != nil {
+		if err := m.mkdirAll(mount, rel, &made); err != nil {
 			return err
 		}
 	}
@@ -248,11 +248,11 @@ func (m *Manager) ensureDirs(rel string, r *ocicgroups.Resources) (err error) {
 }
 
 // mkdirAll makes rel below mount step by step and appends what it made.
-func mkdirAll(mount, rel string, made *[]string) error {
+func (m *Manager) mkdirAll(mount, rel string, made *[]string) error {
 	dir := mount
 	for step := range strings.SplitSeq(strings.Trim(rel, "/"), "/") {
 		dir += "/" + step
-		isNew, err := mkdir(dir)
+		isNew, err := mkdir(dir, m.name)
 		if err != nil {
 			return err
 		}
@@ -303,7 +303,7 @@ func (m *Manager) ensureSlice(rel string, r *ocicgroups.Resources) error {
 // markAll marks rel in each hierarchy that has it.
 func (m *Manager) markAll(rel string) error {
 	for _, mount := range m.host.hierarchies() {
-		if err := mark(mount + rel); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		if err := mark(mount+rel, m.name); err != nil && !errors.Is(err, fs.ErrNotExist) {
 			return err
 		}
 	}
@@ -317,7 +317,7 @@ func (m *Manager) ours(rel string) (bool, error) {
 	if m.ownPod(rel) {
 		return true, nil
 	}
-	return marked(m.primary() + rel)
+	return marked(m.primary()+rel, m.name)
 }
 
 // primary is the mount point of the hierarchy whose groups matter most.
@@ -457,7 +457,7 @@ func (m *Manager) removeDir(mount, rel string) error {
 	}
 	for p := rel; p != "/"; p = path.Dir(p) {
 		dir := mount + p
-		ours, err := marked(dir)
+		ours, err := marked(dir, m.name)
 		if err != nil {
 			return err
 		}
@@ -612,7 +612,7 @@ func (m *Manager) findOurs(mount string, found map[string]bool) error {
 		ours := m.ownPod(rel)
 		if !ours {
 			// An unknown mark is not ours to judge: leave it.
-			ours, _ = marked(dir)
+			ours, _ = marked(dir, m.name)
 		}
 		if ours {
 			found[rel] = true

@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -127,10 +128,19 @@ func TestExitCodes(t *testing.T) {
 // TestKilledFromOutside kills a container's process behind the runtime's back.
 func TestKilledFromOutside(t *testing.T) {
 	p := runPod(t)
-	c := p.run(t, command("/bin/sleep", "919191"))
-	for _, pid := range node.ProcessesNaming("sleep 919191") {
-		syscall.Kill(pid, syscall.SIGKILL)
-	}
+	seconds := strconv.Itoa(919191 + os.Getpid()) // ours, whoever else tests here
+	c := p.run(t, command("/bin/sleep", seconds))
+	// The start returns when the process is let go, just before it becomes sleep.
+	eventually(t, 10*time.Second, func() error {
+		pids := node.ProcessesNaming("sleep " + seconds)
+		if len(pids) == 0 {
+			return fmt.Errorf("no process sleep %s", seconds)
+		}
+		for _, pid := range pids {
+			syscall.Kill(pid, syscall.SIGKILL)
+		}
+		return nil
+	})
 	s := c.waitExit(t)
 	equal(t, "exit code", s.ExitCode, 137)
 	equal(t, "reason", s.Reason, "Error")

@@ -162,7 +162,7 @@ func (s *Server) refreshFacts(ctx context.Context, rec *store.Container, boot st
 			rec.Started = &store.Started{Pid: p.Pid, StartTime: p.StartTime, At: p.StartedAt}
 		}
 		if p.Exit == nil {
-			s.log.Info("a container runs on", "container", rec.ID, "pid", p.Pid)
+			s.log.Debug("a container runs on", "container", rec.ID, "pid", p.Pid)
 			return
 		}
 		rec.Exit = exitRecord(*p.Exit)

@@ -22,8 +22,10 @@ import (
 
 // ExecSync runs a command in the container to its end and returns its output.
 // At the timeout, and when ctx ends, the command is killed with all that it
-// started, daemons included: they run in a cgroup of their own (v1: freezer).
-// What a command leaves running when it ends by itself goes on.
+// started: in cgroup v1 really all (it has a freezer group of its own), in
+// cgroup v2 all that descends from it or is in its session, which leaves out
+// daemons that have cut both ties. What a command leaves running when it ends by
+// itself goes on.
 //
 // Errors: NotFound (also: no such program), FailedPrecondition when the
 // container has exited, InvalidArgument, Unavailable.

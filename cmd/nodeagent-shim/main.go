@@ -72,8 +72,6 @@ func run(log *slog.Logger, state, exits string) error {
 	if err := seal(); err != nil {
 		log.Warn("run from a sealed copy; every start copies the program instead", "err", err)
 	}
-	// The heap is small and lives long.
-	debug.SetGCPercent(50)
 	debug.SetMemoryLimit(64 << 20)
 	// libcontainer hands this to the init process, which has one thread to run.
 	os.Setenv("GOMAXPROCS", "1")

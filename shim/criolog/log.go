@@ -336,6 +336,11 @@ func (l *Log) fetch(s Stream, fd int) (int, error) {
 	if l.closed {
 		return 0, os.ErrClosed
 	}
+	if l.record == nil {
+		if more, err := waiting(fd); !more {
+			return 0, err // no reason to make files yet
+		}
+	}
 	if err := l.openState(s); err != nil {
 		return 0, err
 	}
@@ -348,6 +353,26 @@ func (l *Log) fetch(s Stream, fd int) (int, error) {
 		l.step("spliced")
 	}
 	return n, err
+}
+
+// waiting says whether the pipe has something; if not, the error is EAGAIN, or
+// nil at the end of the stream.
+func waiting(fd int) (bool, error) {
+	p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}
+	for {
+		_, err := unix.Poll(p, 0)
+		switch {
+		case err == unix.EINTR:
+			continue
+		case err != nil:
+			return false, os.NewSyscallError("poll", err)
+		case p[0].Revents&unix.POLLIN != 0:
+			return true, nil
+		case p[0].Revents&unix.POLLHUP != 0:
+			return false, nil
+		}
+		return false, unix.EAGAIN
+	}
 }
 
 // splice moves up to spliceMax bytes from fd to the end of the active spool,

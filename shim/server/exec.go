@@ -48,6 +48,7 @@ func (s *Server) exec(c *container, lp *libcontainer.Process) (_ *execution, err
 		return nil, fmt.Errorf("exec in container %q, which has exited: %w", c.id, errdefs.ErrFailedPrecondition)
 	default:
 	}
+	s.quiet.Reset(quietTime)
 	e := &execution{c: c}
 	if e.group, err = c.newExecGroup(); err != nil {
 		s.cfg.Log.Warn("make cgroup for exec; a timeout kills by session only", "container", c.id, "err", err)
@@ -91,8 +92,8 @@ func (e *execution) reap() int {
 
 // kill ends the process and all that it has started, and reaps it.
 func (e *execution) kill() int {
-	_ = sendSignal(e.pidfd, unix.SIGSTOP) // no new children while we look
 	if !e.group.kill() {
+		_ = sendSignal(e.pidfd, unix.SIGSTOP) // no new children while we look
 		killSession(e.c, e.pid)
 	}
 	_ = sendSignal(e.pidfd, unix.SIGKILL)
@@ -105,45 +106,35 @@ func (e *execution) kill() int {
 		}()
 		return 128 + int(unix.SIGKILL)
 	}
-	e.group.awaitEmpty()
 	return e.reap()
 }
 
-// execGroup is a cgroup of its own for an exec, below the container's: what the
-// exec starts stays in it, however it daemonizes. In cgroup v1 only the freezer
-// hierarchy gets one.
+// execGroup is a group of its own for an exec in cgroup v1's freezer hierarchy,
+// below the container's: what the exec starts stays in it, however it
+// daemonizes. Cgroup v2 has one hierarchy for all: there a process below the
+// container's group would look for its memory and CPU limits in the wrong place
+// (JVMs and Go size themselves by them), so it stays in the container's own.
 type execGroup struct {
 	path string            // "": none
 	sub  map[string]string // for libcontainer
-	v2   bool
 }
 
 func (c *container) newExecGroup() (execGroup, error) {
 	c.removeStale()
-	name := "exec-" + strconv.FormatUint(c.execs.Add(1), 10)
-	g := execGroup{v2: cgroups.IsCgroup2UnifiedMode()}
-	controller := "freezer"
-	if g.v2 {
-		controller = ""
-	}
-	base, ok := c.facts.CgroupPaths[controller]
-	if !ok {
+	base, ok := c.facts.CgroupPaths["freezer"]
+	if !ok || cgroups.IsCgroup2UnifiedMode() {
 		return execGroup{}, nil
 	}
-	g.sub = map[string]string{controller: name}
-	g.path = filepath.Join(base, name)
 	for {
-		err := unix.Mkdir(g.path, 0o755)
-		if err == unix.EEXIST { // of a shim before us
-			name = "exec-" + strconv.FormatUint(c.execs.Add(1), 10)
-			g.sub[controller] = name
-			g.path = filepath.Join(base, name)
-			continue
-		}
-		if err != nil {
+		name := "exec-" + strconv.FormatUint(c.execs.Add(1), 10)
+		g := execGroup{path: filepath.Join(base, name), sub: map[string]string{"freezer": name}}
+		switch err := unix.Mkdir(g.path, 0o755); err {
+		case nil:
+			return g, nil
+		case unix.EEXIST: // of a shim before us
+		default:
 			return execGroup{}, fmt.Errorf("make %s: %w", g.path, err)
 		}
-		return g, nil
 	}
 }
 
@@ -164,38 +155,22 @@ func (c *container) removeStale() {
 	c.staleGroups = slices.DeleteFunc(c.staleGroups, func(path string) bool { return unix.Rmdir(path) != unix.EBUSY })
 }
 
-// awaitEmpty waits a little until nothing lives in the group any more.
-func (g execGroup) awaitEmpty() {
-	for range 200 {
-		if g.path == "" || len(procs(g.path)) == 0 {
-			return
-		}
-		time.Sleep(time.Millisecond)
-	}
-}
-
-// kill ends everything in the group.
+// kill ends everything in the group. Frozen, nothing forks meanwhile; but a
+// fork that was under way shows in the next round only.
 func (g execGroup) kill() bool {
 	if g.path == "" {
 		return false
 	}
-	if g.v2 && os.WriteFile(filepath.Join(g.path, "cgroup.kill"), []byte("1"), 0) == nil {
-		return true
-	}
-	if !g.v2 {
-		_ = os.WriteFile(filepath.Join(g.path, "freezer.state"), []byte("FROZEN"), 0)
-		defer os.WriteFile(filepath.Join(g.path, "freezer.state"), []byte("THAWED"), 0)
-	}
-	for range 100 {
+	state := filepath.Join(g.path, "freezer.state")
+	for range 50 {
+		_ = os.WriteFile(state, []byte("FROZEN"), 0)
 		pids := procs(g.path)
-		if len(pids) == 0 {
-			return true
-		}
 		for _, pid := range pids {
 			_ = unix.Kill(pid, unix.SIGKILL)
 		}
-		if !g.v2 {
-			return true // frozen: all of them, once, is enough
+		_ = os.WriteFile(state, []byte("THAWED"), 0)
+		if len(pids) == 0 {
+			break
 		}
 		time.Sleep(time.Millisecond)
 	}
@@ -219,7 +194,8 @@ func procs(group string) []int {
 }
 
 // killSession ends what descends from pid or is in its session. A process that
-// has left both cannot be told from the container's own.
+// has left both (a daemon whose parent has ended) cannot be told from the
+// container's own.
 func killSession(c *container, pid int) {
 	for range 100 {
 		pids, err := c.cgroup.GetAllPids()

@@ -162,6 +162,7 @@ func (s *Server) delete(ctx context.Context, id string) (record.Exit, error) {
 
 // destroy does the work of delete; after an error it can be called again.
 func (s *Server) destroy(ctx context.Context, c *container) error {
+	defer s.quiet.Reset(quietTime)
 	deadline := time.Now().Add(killPatience)
 	if d, ok := ctx.Deadline(); ok {
 		deadline = d

@@ -35,6 +35,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"time"
@@ -45,6 +46,11 @@ import (
 	"github.com/nodeagent/nodeagent/shim/reaper"
 	"github.com/nodeagent/nodeagent/shim/record"
 )
+
+// quietTime without a start, exec or delete is when memory goes back to the
+// system: a start takes 2 MB for moments, and then often nothing happens for
+// hours.
+const quietTime = 3 * time.Second
 
 // Config says where the shim keeps its files.
 type Config struct {
@@ -63,6 +69,7 @@ type Server struct {
 	limits   limits
 	profiles profiles
 	sessions sessions
+	quiet    *time.Timer // gives memory back; set again by all that takes some
 
 	mu         sync.Mutex
 	containers map[string]*container
@@ -85,6 +92,7 @@ func New(cfg Config) (*Server, error) {
 		aborted:    map[string]time.Time{},
 		stop:       make(chan struct{}),
 	}
+	s.quiet = time.AfterFunc(quietTime, debug.FreeOSMemory)
 	s.sessions.m = map[string]*session{}
 	s.sessions.files = map[string]passed{}
 	if err := s.limits.read(cfg.Log); err != nil {

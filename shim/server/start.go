@@ -37,6 +37,7 @@ func (s *Server) start(ctx context.Context, req *api.StartRequest) (*container, 
 	if !record.ValidID(req.Id) {
 		return nil, fmt.Errorf("start container %q: the id must be 1 to 200 of A-Z a-z 0-9 _ + - . : %w", req.Id, errdefs.ErrInvalidArgument)
 	}
+	defer s.quiet.Reset(quietTime)
 	s.mu.Lock()
 	if s.abortedAhead(req.Token) {
 		s.mu.Unlock()

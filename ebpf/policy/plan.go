@@ -74,6 +74,7 @@ type EndpointWord struct {
 type Address struct {
 	Addr  netip.Addr
 	Class uint32
+	Node  bool // one of this node's: a local pod may hide behind it
 }
 
 // Prefix gives a prefix a class.

@@ -541,7 +541,7 @@ func (c *Compiler) move(p *Plan, moves []*move) {
 func (c *Compiler) moveExact(p *Plan, m *move) {
 	ip := m.prefix.Addr()
 	if !m.stays {
-		p.Exact = append(p.Exact, Address{ip, m.to.id})
+		p.Exact = append(p.Exact, Address{ip, m.to.id, c.node[ip]})
 	}
 	old := c.exact[ip]
 	if old != nil {

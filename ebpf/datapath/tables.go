@@ -1,0 +1,379 @@
+//go:build linux
+
+package datapath
+
+import (
+	"encoding/binary"
+	"errors"
+	"fmt"
+	"math/bits"
+	"net/netip"
+	"sync/atomic"
+	"time"
+	"unsafe"
+
+	ciliumebpf "github.com/cilium/ebpf"
+
+	"github.com/nodeagent/nodeagent/ebpf/policy"
+)
+
+// The flags of an endpoint's word; see bpf/policy.bpf.c.
+const (
+	wordActive   = 1 << 44
+	wordIngress  = 1 << 45
+	wordEgress   = 1 << 46
+	wordAudit    = 1 << 47
+	wordDegraded = 1 << 48
+	classNode    = 1 << 31
+)
+
+// chunk is the place of an endpoint's two rows in the row table.
+type chunk struct {
+	base  uint32
+	shift uint // each row has 1<<shift blocks
+	ok    bool
+}
+
+// slab hands out chunks. Freed ones are used again for chunks of their size.
+type slab struct {
+	next, limit uint32
+	free        map[uint][]uint32
+}
+
+func (s *slab) alloc(shift uint) (chunk, bool) {
+	if list := s.free[shift]; len(list) > 0 {
+		s.free[shift] = list[:len(list)-1]
+		return chunk{list[len(list)-1], shift, true}, true
+	}
+	n := uint32(2) << shift
+	if s.limit-s.next < n {
+		return chunk{}, false
+	}
+	c := chunk{s.next, shift, true}
+	s.next += n
+	return c, true
+}
+
+func (s *slab) release(c chunk) {
+	if s.free == nil {
+		s.free = map[uint][]uint32{}
+	}
+	if c.ok {
+		s.free[c.shift] = append(s.free[c.shift], c.base)
+	}
+}
+
+func (d *Datapath) word(id uint32) *uint64 {
+	return (*uint64)(unsafe.Pointer(&d.endpoints[id*endpointSize]))
+}
+
+func (d *Datapath) field(id, offset uint32) *uint32 {
+	return (*uint32)(unsafe.Pointer(&d.endpoints[id*endpointSize+offset]))
+}
+
+func (d *Datapath) row(c chunk, dir policy.Dir) []uint16 {
+	first := c.base + uint32(dir)<<c.shift
+	return unsafe.Slice((*uint16)(unsafe.Pointer(&d.rows[first*blockSize])), rowCells<<c.shift)
+}
+
+func (d *Datapath) publish(id uint32, e *endpoint) {
+	w := e.word
+	if e.row.ok {
+		w |= uint64(e.row.base) | uint64(e.row.base+1<<e.row.shift)<<20 | uint64(e.row.shift)<<40
+	}
+	if e.degraded {
+		w |= wordDegraded | wordIngress | wordEgress | wordActive
+	}
+	atomic.StoreUint64(d.word(id), w)
+}
+
+// Insert makes an endpoint known under a number below MaxEndpoints. Nothing
+// passes its interface but what the host sends until a plan makes it active.
+func (d *Datapath) Insert(id uint32, ifindex int, ips []netip.Addr) error {
+	if id >= MaxEndpoints {
+		return fmt.Errorf("endpoint %d: there is room for %d", id, MaxEndpoints)
+	}
+	atomic.StoreUint64(d.word(id), 0)
+	clear(d.endpoints[id*endpointSize+8 : (id+1)*endpointSize])
+	*d.field(id, 20) = uint32(ifindex)
+	*d.field(id, 8), *d.field(id, 12) = policy.World, policy.World
+	e := &endpoint{ifindex: ifindex, ips: ips}
+	d.eps[id] = e
+	seen := [2]bool{}
+	for _, ip := range ips {
+		switch {
+		case ip.Is4() && !seen[0]:
+			b := ip.As4()
+			seen[0] = true
+			copy(d.endpoints[id*endpointSize+16:], b[:])
+		case ip.Is6() && !seen[1]:
+			b := ip.As16()
+			seen[1] = true
+			copy(d.endpoints[id*endpointSize+24:], b[:])
+		}
+		if err := d.put(d.objs.EpIp4, d.objs.EpIp6, ip, id); err != nil {
+			return fmt.Errorf("note address %s: %w", ip, err)
+		}
+	}
+	if err := d.objs.EpIf.Put(uint32(ifindex), id); err != nil {
+		return fmt.Errorf("note interface %d: %w", ifindex, err)
+	}
+	return nil
+}
+
+// Remove forgets an endpoint: nothing passes its interface any more.
+func (d *Datapath) Remove(id uint32) error {
+	e := d.eps[id]
+	if e == nil {
+		return nil
+	}
+	err := d.objs.EpIf.Delete(uint32(e.ifindex))
+	atomic.StoreUint64(d.word(id), 0)
+	for _, ip := range e.ips {
+		var owner uint32
+		m, key := d.objs.EpIp4, addrKey(ip)
+		if ip.Is6() {
+			m = d.objs.EpIp6
+		}
+		if m.Lookup(key, &owner) == nil && owner == id {
+			err = errors.Join(err, m.Delete(key))
+		}
+	}
+	delete(d.eps, id)
+	d.old = append(d.old, e.row)
+	if errors.Is(err, ciliumebpf.ErrKeyNotExist) {
+		err = nil
+	}
+	return err
+}
+
+func addrKey(ip netip.Addr) []byte { return ip.AsSlice() }
+
+func (d *Datapath) put(m4, m6 *ciliumebpf.Map, ip netip.Addr, value uint32) error {
+	if ip.Is4() {
+		return m4.Put(addrKey(ip), value)
+	}
+	return m6.Put(addrKey(ip), value)
+}
+
+// Apply writes a plan. An error is about some entries or endpoints: all that
+// could be written is. Endpoints that lack room are degraded: what they are
+// allowed to keep open goes on, nothing new is allowed.
+func (d *Datapath) Apply(p *policy.Plan) error {
+	var errs []error
+	d.profilesOf(p)
+	d.grow(p, &errs)
+	for _, id := range p.Gone {
+		if err := d.Remove(id); err != nil {
+			errs = append(errs, fmt.Errorf("remove endpoint %d: %w", id, err))
+		}
+	}
+	d.write(p.Prepare)
+	d.words(p.Words)
+	d.write(p.Early)
+	d.addresses(p, &errs)
+	for _, q := range p.Prefixes {
+		if err := d.prefix(q); err != nil {
+			errs = append(errs, err)
+			d.degradeAll() // an except may be missing
+		}
+	}
+	d.own(p.Own)
+	if p.Grace {
+		Grace()
+	}
+	d.write(p.Late)
+	for _, ip := range p.DeleteExact {
+		m := d.objs.Cls4
+		if ip.Is6() {
+			m = d.objs.Cls6
+		}
+		if err := m.Delete(addrKey(ip)); err != nil && !errors.Is(err, ciliumebpf.ErrKeyNotExist) {
+			errs = append(errs, fmt.Errorf("remove address %s: %w", ip, err))
+		}
+	}
+	for _, q := range p.DeletePrefixes {
+		if err := d.deletePrefix(q); err != nil {
+			errs = append(errs, err)
+		}
+	}
+	return errors.Join(errs...)
+}
+
+// Settle waits for a grace period and frees what plans have let go of.
+func (d *Datapath) Settle() {
+	Grace()
+	d.flip = time.Time{}
+	for _, c := range d.old {
+		d.slab.release(c)
+	}
+	d.old = nil
+}
+
+func (d *Datapath) profilesOf(p *policy.Plan) {
+	bank := d.bank
+	if p.Bank != nil {
+		bank ^= 1
+		if !d.flip.IsZero() {
+			Grace() // a packet may still read the bank that is to be overwritten
+		}
+		d.ports2(bank, p.Bank)
+	}
+	for id, bitmap := range p.Profiles {
+		copy(d.profiles[(bank*maxProfiles+uint32(id))*policy.BitmapSize:], bitmap[:])
+	}
+	if p.Bank != nil {
+		atomic.StoreUint32((*uint32)(unsafe.Pointer(&d.state[0])), bank)
+		d.bank, d.flip = bank, time.Now()
+	}
+}
+
+func (d *Datapath) ports2(bank uint32, b *policy.Bank) {
+	table := unsafe.Slice((*uint16)(unsafe.Pointer(&d.ports[bank*portBlocks*blockSize])), portBlocks*rowCells)
+	for _, iv := range b.Intervals {
+		part := table[int(iv.Proto)<<16+int(iv.First) : int(iv.Proto)<<16+int(iv.Last)+1]
+		for i := range part {
+			part[i] = iv.Class
+		}
+	}
+}
+
+// grow gives every endpoint rows that are large enough. A row moves by copy
+// and one store; its verdicts do not change.
+func (d *Datapath) grow(p *policy.Plan, errs *[]error) {
+	need := uint(0)
+	if blocks := (p.Classes + rowCells - 1) / rowCells; blocks > 1 {
+		need = uint(bits.Len32(blocks - 1))
+	}
+	d.shift = max(d.shift, need)
+	for id, e := range d.eps {
+		if e.row.ok && e.row.shift >= d.shift || e.degraded {
+			continue
+		}
+		c, ok := d.slab.alloc(d.shift)
+		if !ok {
+			e.degraded = true
+			d.publish(id, e)
+			*errs = append(*errs, fmt.Errorf("endpoint %d: no room for %d classes: nothing new is allowed", id, p.Classes))
+			continue
+		}
+		for dir := range policy.Dir(2) {
+			row := d.row(c, dir)
+			n := 0
+			if e.row.ok {
+				n = copy(row, d.row(e.row, dir))
+			}
+			clear(row[n:])
+		}
+		d.old = append(d.old, e.row)
+		e.row = c
+		if e.word != 0 {
+			d.publish(id, e)
+		}
+	}
+}
+
+func (d *Datapath) write(list []policy.RowWrite) {
+	for _, w := range list {
+		e := d.eps[w.Endpoint]
+		if e == nil || e.degraded {
+			continue
+		}
+		row := d.row(e.row, w.Dir)
+		if w.Blank {
+			clear(row)
+		}
+		for _, c := range w.Cells {
+			row[c.Class] = c.Profile
+		}
+	}
+}
+
+func (d *Datapath) words(list []policy.EndpointWord) {
+	for _, w := range list {
+		e := d.eps[w.Endpoint]
+		if e == nil {
+			continue
+		}
+		e.word = 0
+		for bit, on := range map[uint64]bool{
+			wordActive: w.Word.Active, wordIngress: w.Word.Isolated[policy.In], wordEgress: w.Word.Isolated[policy.Out], wordAudit: w.Word.Audit,
+		} {
+			if on {
+				e.word |= bit
+			}
+		}
+		d.publish(w.Endpoint, e)
+	}
+}
+
+func (d *Datapath) degradeAll() {
+	for id, e := range d.eps {
+		e.degraded = true
+		d.publish(id, e)
+	}
+}
+
+func (d *Datapath) addresses(p *policy.Plan, errs *[]error) {
+	for _, a := range p.Exact {
+		class := a.Class
+		if a.Node {
+			class |= classNode
+		}
+		if err := d.put(d.objs.Cls4, d.objs.Cls6, a.Addr, class); err != nil {
+			*errs = append(*errs, fmt.Errorf("write class of %s: %w", a.Addr, err))
+		}
+	}
+}
+
+func prefixKey(p netip.Prefix) []byte {
+	return append(binary.NativeEndian.AppendUint32(nil, uint32(p.Bits())), p.Addr().AsSlice()...)
+}
+
+func (d *Datapath) prefix(q policy.Prefix) error {
+	m, f := d.objs.Cidr4, uint32(0)
+	if q.Prefix.Addr().Is6() {
+		m, f = d.objs.Cidr6, 1
+	}
+	// The flag is only ever set: an empty trie is only slower.
+	atomic.StoreUint32((*uint32)(unsafe.Pointer(&d.state[4+4*f])), 1)
+	if err := m.Put(prefixKey(q.Prefix), q.Class); err != nil {
+		return fmt.Errorf("write class of %s: %w", q.Prefix, err)
+	}
+	return nil
+}
+
+func (d *Datapath) deletePrefix(q netip.Prefix) error {
+	m := d.objs.Cidr4
+	if q.Addr().Is6() {
+		m = d.objs.Cidr6
+	}
+	if err := m.Delete(prefixKey(q)); err != nil && !errors.Is(err, ciliumebpf.ErrKeyNotExist) {
+		return fmt.Errorf("remove %s: %w", q, err)
+	}
+	return nil
+}
+
+func (d *Datapath) own(list []policy.OwnClass) {
+	for _, o := range list {
+		e := d.eps[o.Endpoint]
+		if e == nil {
+			continue
+		}
+		for i, offset := range []uint32{8, 12} {
+			first := firstOf(e.ips, i == 1)
+			if first == o.Addr {
+				atomic.StoreUint32(d.field(o.Endpoint, offset), o.Class)
+			}
+		}
+	}
+}
+
+func firstOf(ips []netip.Addr, six bool) netip.Addr {
+	for _, ip := range ips {
+		if ip.Is6() == six {
+			return ip
+		}
+	}
+	return netip.Addr{}
+}

@@ -26,6 +26,20 @@ func dialCRI(socket string) (*grpc.ClientConn, error) {
 	return conn, nil
 }
 
+// withCRI calls f with a connection to the configured daemon's CRI.
+func (a *app) withCRI(f func(*grpc.ClientConn) error) error {
+	cfg, err := a.config()
+	if err != nil {
+		return err
+	}
+	conn, err := dialCRI(cfg.CRI.Socket)
+	if err != nil {
+		return err
+	}
+	defer conn.Close()
+	return plain(f(conn), cfg.CRI.Socket)
+}
+
 // plain turns a gRPC error into the one line that a person wants.
 func plain(err error, socket string) error {
 	s, ok := status.FromError(err)

@@ -7,6 +7,7 @@ import (
 	"sync"
 
 	"github.com/spf13/cobra"
+	"google.golang.org/grpc"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
@@ -23,21 +24,14 @@ leaves them running; after this it leaves nothing behind. Images stay.
 Containers get SIGKILL: whoever wants grace drains the node first.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			cfg, err := a.config()
-			if err != nil {
-				return err
-			}
-			conn, err := dialCRI(cfg.CRI.Socket)
-			if err != nil {
-				return err
-			}
-			defer conn.Close()
-			n, err := removePods(cmd.Context(), runtimeapi.NewRuntimeServiceClient(conn))
-			if err != nil {
-				return plain(err, cfg.CRI.Socket)
-			}
-			fmt.Fprintf(cmd.OutOrStdout(), "removed %d pods\n", n)
-			return nil
+			return a.withCRI(func(conn *grpc.ClientConn) error {
+				n, err := removePods(cmd.Context(), runtimeapi.NewRuntimeServiceClient(conn))
+				if err != nil {
+					return err
+				}
+				fmt.Fprintf(cmd.OutOrStdout(), "removed %d pods\n", n)
+				return nil
+			})
 		},
 	}
 }

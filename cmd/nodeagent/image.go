@@ -13,6 +13,7 @@ import (
 
 	"github.com/nodeagent/nodeagent/cri/images"
 	"github.com/spf13/cobra"
+	"google.golang.org/grpc"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
@@ -164,16 +165,7 @@ func (a *app) imageNames(ctx context.Context) (names []string) {
 
 // withImageService calls f with a client of the daemon's image service.
 func (a *app) withImageService(f func(runtimeapi.ImageServiceClient) error) error {
-	cfg, err := a.config()
-	if err != nil {
-		return err
-	}
-	conn, err := dialCRI(cfg.CRI.Socket)
-	if err != nil {
-		return err
-	}
-	defer conn.Close()
-	return plain(f(runtimeapi.NewImageServiceClient(conn)), cfg.CRI.Socket)
+	return a.withCRI(func(conn *grpc.ClientConn) error { return f(runtimeapi.NewImageServiceClient(conn)) })
 }
 
 // adminCall asks the daemon and shows the progress of its answer.

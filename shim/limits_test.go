@@ -373,3 +373,43 @@ func TestDeleteKillsForks(t *testing.T) {
 	}
 	n.wantNothing("c")
 }
+
+// Out of descriptors: a clear error, nothing left, and all well afterwards.
+func TestOutOfDescriptors(t *testing.T) {
+	n := newNode(t)
+	n.start(n.spec("before", "sleep", "1000"))
+	pid := n.find("serve")[0]
+	for limit := uint64(12); limit < 60; limit += 3 {
+		if err := unix.Prlimit(pid, unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: limit, Max: 4096}, nil); err != nil {
+			t.Fatal(err)
+		}
+		id := "c" + strconv.FormatUint(limit, 10)
+		_, err := n.client.Start(n.ctx(), n.spec(id, "sleep", "1000"))
+		if err != nil {
+			if !errdefs.IsResourceExhausted(err) {
+				t.Errorf("%d descriptors: %v", limit, err)
+			}
+			if err := unix.Prlimit(pid, unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 4096, Max: 4096}, nil); err != nil {
+				t.Fatal(err)
+			}
+			if _, err := n.client.State(n.ctx(), id); !errdefs.IsNotFound(err) {
+				t.Errorf("state: %v", err)
+			}
+			eventually(t, 5*time.Second, func() string {
+				_, err := os.Stat(filepath.Join(n.state(), "c", id))
+				return map[bool]string{false: "its directory is left"}[errors.Is(err, os.ErrNotExist)]
+			})
+			n.wantNothing(id)
+		}
+	}
+	if err := unix.Prlimit(pid, unix.RLIMIT_NOFILE, &unix.Rlimit{Cur: 4096, Max: 4096}, nil); err != nil {
+		t.Fatal(err)
+	}
+	n.start(n.spec("after", "sh", "-c", "echo well; exit 3"))
+	if x := n.wait("after"); x.Code != 3 {
+		t.Errorf("exit = %+v", x)
+	}
+	if got := n.find("serve"); len(got) != 1 || got[0] != pid {
+		t.Errorf("the shim was replaced: %v, was %d", got, pid)
+	}
+}

@@ -19,6 +19,10 @@ import (
 	"github.com/nodeagent/nodeagent/shim/api"
 )
 
+// maxLog is the size in bytes of the shim's own log beyond which a new one is
+// begun when a shim starts.
+const maxLog = 1 << 20
+
 // connection is one connection to one shim.
 type connection struct {
 	ttrpc *ttrpc.Client
@@ -161,7 +165,11 @@ func (c *Client) startReaper() (bool, error) {
 	if alive, err := locked(filepath.Join(c.cfg.StateDir, "lock")); alive || err != nil {
 		return false, err // a shim without a reaper, about to listen
 	}
-	log, err := os.OpenFile(filepath.Join(c.cfg.StateDir, "shim.log"), os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+	path := filepath.Join(c.cfg.StateDir, "shim.log")
+	if fi, err := os.Stat(path); err == nil && fi.Size() > maxLog {
+		_ = os.Rename(path, path+".old") // one generation; without it we only log less
+	}
+	log, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
 	if err != nil {
 		return false, fmt.Errorf("open log of the shim: %w", err)
 	}

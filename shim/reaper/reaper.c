@@ -13,6 +13,7 @@
 #include <string.h>
 #include <sys/file.h>
 #include <sys/prctl.h>
+#include <sys/resource.h>
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
@@ -45,6 +46,7 @@ static int sock = -1;		// our end
 static pid_t shim;
 static struct timespec started;
 static long delay_ms;
+static struct rlimit files;	// as we got them, for the shim
 
 static void say(const char *what, int err)
 {
@@ -251,6 +253,7 @@ static void start_shim(void)
 		for (i = 0; i < argc; i++)
 			argv[i] = args[i];
 		argv[1] = "serve";
+		setrlimit(RLIMIT_NOFILE, &files);
 		sigemptyset(&none);
 		sigprocmask(SIG_SETMASK, &none, NULL);
 		if (pair[1] == SHIM_FD)
@@ -348,6 +351,11 @@ static int reaper_main(int argc, char **argv)
 	if (prctl(PR_SET_CHILD_SUBREAPER, 1) < 0) {
 		say("become subreaper", errno);
 		return 1;
+	}
+	// Three descriptors a container are kept here.
+	if (getrlimit(RLIMIT_NOFILE, &files) == 0) {
+		struct rlimit all = { files.rlim_max, files.rlim_max };
+		setrlimit(RLIMIT_NOFILE, &all);
 	}
 	sigemptyset(&set);
 	sigaddset(&set, SIGCHLD);

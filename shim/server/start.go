@@ -124,7 +124,8 @@ func (s *Server) create(ctx context.Context, c *container, req *api.StartRequest
 	}
 	back.push(func() {
 		if err := c.lc.Destroy(); err != nil {
-			s.cfg.Log.Error("undo start: remove container", "container", c.id, "err", err)
+			s.cfg.Log.Error("undo start: remove container; trying again", "container", c.id, "err", err)
+			go s.destroyLater(c)
 		}
 	})
 	journal, err := record.NewJournal(c.journal())
@@ -218,6 +219,19 @@ func (s *Server) noteStarted(c *container, pid int, child *childIO, journal reco
 	s.keep(c)
 	c.facts.StartedAt = time.Now()
 	return journal.Append(c.facts)
+}
+
+// destroyLater removes what could not be removed at once, for want of
+// descriptors for example. What it cannot remove in a minute, the next shim
+// does.
+func (s *Server) destroyLater(c *container) {
+	for range 60 {
+		time.Sleep(time.Second)
+		if c.lc.Destroy() == nil {
+			return
+		}
+	}
+	s.cfg.Log.Error("undo start: gave up", "container", c.id)
 }
 
 // reap takes the exit status of a dead child.

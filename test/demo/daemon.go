@@ -33,7 +33,9 @@ func (d *demo) start(ctx context.Context) error {
 	s := d.screen
 	s.step("The daemon", d.cfg.CRI.Socket)
 	if answersAt(ctx, d.cfg.CRI.Socket) {
-		return fmt.Errorf("a daemon runs already on %s: stop it, or show the demo another configuration with ARGS='--config FILE'", d.cfg.CRI.Socket)
+		pid, _ := os.ReadFile(filepath.Join(d.cfg.State, "daemon.lock"))
+		return fmt.Errorf("a daemon (pid %s) runs already on %s: stop it, or show the demo another configuration with ARGS='--config FILE'",
+			strings.TrimSpace(string(pid)), d.cfg.CRI.Socket)
 	}
 	if err := d.check(ctx); err != nil {
 		return err

@@ -120,7 +120,7 @@ func TestRefusesASecondDaemon(t *testing.T) {
 	second := demoCommand(t)
 	second.Args[2] = path
 	out, err := second.CombinedOutput()
-	if err == nil || !strings.Contains(string(out), "a daemon runs already on "+c.CRI.Socket) {
+	if err == nil || !strings.Contains(string(out), ") runs already on "+c.CRI.Socket) {
 		t.Errorf("%v\n%s", err, out)
 	}
 }

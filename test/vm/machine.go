@@ -1,0 +1,84 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"time"
+)
+
+// machine is one run of qemu. What it writes to its root disk is forgotten
+// when it ends, not when it reboots.
+type machine struct {
+	image        image
+	payload, dir string // dir: sockets, console and the disk's changes
+	memory, cpus int
+}
+
+// kernelLine: hugepages for their test; the console is for us only.
+const kernelLine = "console=ttyS0 root=/dev/vda rw loglevel=4 systemd.show_status=1 net.ifnames=0 hugepages=16 mitigations=off panic=-1 modprobe.blacklist=ahci,iTCO_wdt,i2c_i801,lpc_ich,pcspkr"
+
+// run boots the machine, copies its results to out and waits for its end.
+func (m machine) run(ctx context.Context, out io.Writer) (*results, error) {
+	res := &results{}
+	socket := filepath.Join(m.dir, "results.sock")
+	if err := os.Remove(socket); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return res, err
+	}
+	l, err := net.Listen("unix", socket)
+	if err != nil {
+		return res, fmt.Errorf("listen for results: %w", err)
+	}
+	defer l.Close()
+	console := filepath.Join(m.dir, "console.log")
+	boot := filepath.Join(m.dir, "initramfs")
+	if err := writeBoot(m.image.initramfs, boot); err != nil {
+		return res, err
+	}
+	cmd := exec.Command("qemu-system-x86_64",
+		"-machine", "q35,accel=kvm:tcg", "-cpu", "Nehalem", "-smp", strconv.Itoa(m.cpus), "-m", strconv.Itoa(m.memory),
+		"-nodefaults", "-no-user-config", "-display", "none", "-nic", "none",
+		"-kernel", m.image.kernel, "-initrd", boot, "-append", kernelLine,
+		"-drive", "if=virtio,format=raw,snapshot=on,cache=unsafe,file="+m.image.disk,
+		"-drive", "if=virtio,format=raw,readonly=on,file="+m.payload,
+		"-device", "virtio-rng-pci", "-device", "virtio-serial-pci",
+		"-chardev", "socket,id=results,path="+socket, "-device", "virtserialport,chardev=results,name=results",
+		"-serial", "file:"+console)
+	cmd.Env = append(os.Environ(), "TMPDIR="+m.dir)
+	var said bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &said, &said
+	start := time.Now()
+	if err := cmd.Start(); err != nil {
+		return res, fmt.Errorf("start qemu: %w", err)
+	}
+	stop := context.AfterFunc(ctx, func() { cmd.Process.Kill() })
+	defer stop()
+	copied := make(chan error, 1)
+	go func() {
+		conn, err := l.Accept()
+		if err != nil {
+			copied <- nil // qemu ended before
+			return
+		}
+		defer conn.Close()
+		copied <- res.read(conn, out)
+	}()
+	err = cmd.Wait()
+	l.Close()
+	err = errors.Join(err, <-copied)
+	res.took = time.Since(start)
+	if ctx.Err() != nil {
+		return res, fmt.Errorf("%w; its console is in %s", context.Cause(ctx), console)
+	}
+	if err != nil {
+		return res, fmt.Errorf("qemu: %w\n%s", err, said.Bytes())
+	}
+	return res, nil
+}

@@ -1,0 +1,47 @@
+# Runs the steps in the machine, in order, and goes on after a reboot. All that
+# it prints goes to the host.
+cd /payload || exit 1
+mkdir -p done
+
+if ! [ -e done/.facts ]; then
+	cgroups=v1
+	[ "$(stat -f -c %T /sys/fs/cgroup)" = cgroup2fs ] && cgroups=v2
+	. /etc/os-release
+	echo "=== FACT system: $PRETTY_NAME"
+	echo "=== FACT kernel: $(uname -r)"
+	echo "=== FACT cgroups: $cgroups"
+	echo "=== FACT init: $(systemctl --version | head -n 1)"
+	touch done/.facts
+fi
+
+# A stand-in for the NIC that a host has.
+ip link add eth0 type dummy
+ip addr add 192.0.2.10/24 dev eth0
+ip -6 addr add 2001:db8::10/64 dev eth0 nodad
+ip link set eth0 up
+ip route add default via 192.0.2.1
+ip -6 route add default via 2001:db8::1
+
+number=0
+while IFS='|' read -r name seconds command; do
+	number=$((number + 1))
+	[ -e "done/$number" ] && continue
+	touch "done/$number"
+	if [ "$command" = reboot ]; then
+		sync
+		systemctl reboot
+		exit
+	fi
+	echo "=== STEP $name"
+	# The clock may be set by a test: the uptime tells how long it took.
+	read -r begin _ < /proc/uptime
+	timeout -k 20 "$seconds" sh -c "$command" < /dev/null
+	code=$?
+	read -r end _ < /proc/uptime
+	if [ $code != 0 ]; then
+		echo "--- the journal ends:"
+		journalctl -u nodeagent -n 60 --no-pager -o cat
+	fi
+	echo "=== ENDED $(echo "$name" | tr ' ' _) $code $((${end%.*} - ${begin%.*}))"
+done < steps
+systemctl poweroff

@@ -9,6 +9,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -18,14 +19,38 @@ import (
 	"github.com/nodeagent/nodeagent/test/e2e/node"
 )
 
-// TestRandomKills makes and removes pods from several clients, who repeat what
-// fails, while the daemon is killed at random moments.
+// TestRandomKills kills the daemon, the shim, or either, at random moments
+// while clients make and remove pods and repeat what fails.
 func TestRandomKills(t *testing.T) {
+	daemon := func(t *testing.T, r *rig) {
+		must(t, "kill the daemon", r.Kill())
+		r.restart(t)
+	}
+	shim := func(t *testing.T, r *rig) {
+		if pid := serving(r); pid != 0 {
+			kill(t, pid)
+		}
+	}
+	t.Run("daemon", func(t *testing.T) { randomKills(t, 12*time.Second, daemon) })
+	t.Run("shim", func(t *testing.T) { randomKills(t, 8*time.Second, shim) })
+	t.Run("both", func(t *testing.T) {
+		randomKills(t, 8*time.Second, func(t *testing.T, r *rig) {
+			if rand.IntN(2) == 0 {
+				shim(t, r)
+			}
+			if rand.IntN(2) == 0 {
+				time.Sleep(time.Duration(rand.IntN(20)) * time.Millisecond)
+				daemon(t, r)
+			}
+		})
+	})
+}
+
+func randomKills(t *testing.T, d time.Duration, kill func(*testing.T, *rig)) {
 	r := start(t, nil)
 	witness := r.newPod(counter(100, 42)...)
 	must(t, "start the witness", witness.up())
 	base := r.Settled()
-	d := 15 * time.Second
 	if *soak > 0 {
 		d = *soak
 	}
@@ -34,8 +59,7 @@ func TestRandomKills(t *testing.T) {
 	defer cancel()
 	var (
 		wg   sync.WaitGroup
-		mu   sync.Mutex
-		made int
+		made atomic.Int64
 	)
 	for w := range 4 {
 		wg.Go(func() {
@@ -48,22 +72,19 @@ func TestRandomKills(t *testing.T) {
 					t.Errorf("pod %s: %v", p.config.Metadata.Name, err)
 					return
 				}
-				mu.Lock()
-				made++
-				mu.Unlock()
+				made.Add(1)
 			}
 		})
 	}
 	kills := 0
 	for ctx.Err() == nil {
 		time.Sleep(time.Duration(50+rand.IntN(700)) * time.Millisecond)
-		must(t, "kill", r.Kill())
+		kill(t, r)
 		kills++
-		r.restart(t)
 	}
 	wg.Wait()
-	t.Logf("%d pods lived through %d kills", made, kills)
-	if made == 0 {
+	t.Logf("%d pods lived through %d kills", made.Load(), kills)
+	if made.Load() == 0 {
 		t.Error("no pod was made")
 	}
 	witness.goesOn(t)

@@ -40,7 +40,7 @@ func TestMain(m *testing.M) {
 	os.Exit(run(m))
 }
 
-func run(m *testing.M) int {
+func run(m *testing.M) (code int) {
 	if os.Getuid() != 0 {
 		fmt.Println("e2e: skipped: not root")
 		return 0
@@ -79,7 +79,7 @@ func run(m *testing.M) int {
 	}
 	defer func() {
 		if err := shared.Destroy(ctx); err != nil {
-			fail(err)
+			code = fail(err)
 		}
 		node.RemoveCgroups(podCgroup(""))
 	}()
@@ -92,7 +92,7 @@ func run(m *testing.M) int {
 		return fail(err)
 	}
 	before := shared.Settled()
-	code := m.Run()
+	code = m.Run()
 	if code != 0 {
 		fmt.Printf("--- the shared daemon's log ends:\n%s\n", shared.LogTail(60))
 	}

@@ -450,6 +450,21 @@ func (n *Node) RemoveAllPods(ctx context.Context) error {
 	return errors.Join(errs...)
 }
 
+// faults finds what a daemon must never log: panics, that gRPC may have caught,
+// and, of a binary built with -race, data races.
+func (n *Node) faults() error {
+	b, err := os.ReadFile(n.LogPath())
+	if err != nil {
+		return nil // never started
+	}
+	for _, sign := range []string{"WARNING: DATA RACE", "panic: ", "fatal error: "} {
+		if i := bytes.Index(b, []byte(sign)); i >= 0 {
+			return fmt.Errorf("the daemon logged:\n%s", b[i:min(len(b), i+4000)])
+		}
+	}
+	return nil
+}
+
 // Destroy ends everything of the node: the daemon, its shim, whatever runs
 // below its directory, its mounts, and the directory itself. What had to be
 // taken away by force is not an error here; Leaks is for that.
@@ -466,7 +481,7 @@ func (n *Node) Destroy(ctx context.Context) error {
 		n.conn = nil
 	}
 	n.mu.Unlock()
-	err = errors.Join(err, n.KillShim(ctx))
+	err = errors.Join(err, n.faults(), n.KillShim(ctx))
 	err = errors.Join(err, UnmountBelow(n.Config.Dir))
 	n.ForgetNetwork()
 	if e := os.RemoveAll(n.Config.Dir); e != nil {

@@ -173,7 +173,7 @@ func (s *Server) Serve(ctx context.Context, onReady func()) error {
 	g := grpc.NewServer(
 		grpc.MaxRecvMsgSize(MaxMessage), grpc.MaxSendMsgSize(MaxMessage),
 		grpc.UnaryInterceptor(e.unary), grpc.StreamInterceptor(e.stream),
-		grpc.SharedWriteBuffer(true), grpc.WriteBufferSize(16<<10), grpc.ReadBufferSize(16<<10),
+		grpc.WriteBufferSize(16<<10), grpc.ReadBufferSize(16<<10),
 	)
 	runtimeapi.RegisterRuntimeServiceServer(g, s)
 	runtimeapi.RegisterImageServiceServer(g, s)

@@ -17,7 +17,6 @@ type bench struct {
 	options
 	images   *images
 	runtimes []*runtime
-	big      uint64
 }
 
 // pod is one sandbox with one container.

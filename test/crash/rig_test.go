@@ -81,7 +81,6 @@ type pod struct {
 	ctr        *runtimeapi.ContainerConfig
 	id, ctrID  string
 	logPath    string
-	prevLength int
 }
 
 func (r *rig) newPod(command ...string) *pod {

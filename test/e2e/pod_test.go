@@ -182,18 +182,6 @@ func (p *pod) run(t testing.TB, opts ...containerOption) *container {
 	return c
 }
 
-// output runs a script to its end and returns what it printed to stdout.
-func (p *pod) output(t testing.TB, sh string, opts ...containerOption) string {
-	t.Helper()
-	c := p.run(t, append(opts, script(sh))...)
-	s := c.waitExit(t)
-	out := c.text(t)
-	if s.ExitCode != 0 {
-		t.Fatalf("script %q: exit code %d (%s %s), output %q", sh, s.ExitCode, s.Reason, s.Message, out)
-	}
-	return out
-}
-
 func (c *container) start(t testing.TB) {
 	t.Helper()
 	if err := c.tryStart(callCtx(t)); err != nil {

@@ -30,9 +30,7 @@ type Leaks map[string][]string
 // in the same state, see WaitNoLeaks.
 func (n *Node) Snapshot() Leaks {
 	l := Leaks{}
-	for _, m := range mountsBelow(n.Config.Dir) {
-		l["mount"] = append(l["mount"], m)
-	}
+	l["mount"] = mountsBelow(n.Config.Dir)
 	l["link"] = n.links()
 	l["cgroup"] = n.cgroups()
 	l["table"] = n.tables()

@@ -76,11 +76,11 @@ func (r *rig) pull(ctx context.Context) error {
 // pod is what a kubelet knows of a pod: the configurations, and the ids once
 // it has been told.
 type pod struct {
-	r          *rig
-	config     *runtimeapi.PodSandboxConfig
-	ctr        *runtimeapi.ContainerConfig
-	id, ctrID  string
-	logPath    string
+	r         *rig
+	config    *runtimeapi.PodSandboxConfig
+	ctr       *runtimeapi.ContainerConfig
+	id, ctrID string
+	logPath   string
 }
 
 func (r *rig) newPod(command ...string) *pod {

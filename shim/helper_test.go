@@ -38,7 +38,7 @@ func TestMain(m *testing.M) {
 		binary = os.Getenv("NODEAGENT_SHIM")
 		if binary == "" {
 			binary = filepath.Join(dir, "nodeagent-shim")
-			cmd := exec.Command("go", "build", "-tags", "seccomp runc_nocriu osusergo netgo", "-ldflags", "-extldflags -static -s -w",
+			cmd := exec.Command("go", "build", "-tags", "seccomp osusergo netgo", "-ldflags", "-extldflags -static -s -w",
 				"-o", binary, "../cmd/nodeagent-shim")
 			if out, err := cmd.CombinedOutput(); err != nil {
 				fmt.Fprintf(os.Stderr, "build nodeagent-shim: %v\n%s", err, out)

@@ -413,3 +413,33 @@ func TestOutOfDescriptors(t *testing.T) {
 		t.Errorf("the shim was replaced: %v, was %d", got, pid)
 	}
 }
+
+// An exit is told when it is on disk, and not before.
+func TestNoSpaceForExit(t *testing.T) {
+	n := newNode(t)
+	exits := filepath.Join(n.dir, "exits")
+	if err := unix.Mount("tmpfs", exits, "tmpfs", 0, "size=16k"); err != nil {
+		t.Skip("mount tmpfs:", err)
+	}
+	defer unix.Unmount(exits, unix.MNT_DETACH)
+	fill := filepath.Join(exits, "fill")
+	_ = os.WriteFile(fill, make([]byte, 64<<10), 0o600)
+	n.start(n.spec("c", "sh", "-c", "exit 6"))
+	ctx, cancel := context.WithTimeout(context.Background(), 500*time.Millisecond)
+	defer cancel()
+	if x, err := n.client.Wait(ctx, "c"); err == nil {
+		t.Errorf("exit = %+v, with no space to record it", x)
+	}
+	if _, err := n.client.Delete(ctx, "c"); err == nil {
+		t.Error("deleted without a record")
+	}
+	if err := os.Remove(fill); err != nil {
+		t.Fatal(err)
+	}
+	if x := n.wait("c"); x.Code != 6 || !x.Known {
+		t.Errorf("exit = %+v", x)
+	}
+	if _, err := n.client.Delete(n.ctx(), "c"); err != nil {
+		t.Error(err)
+	}
+}

@@ -47,6 +47,7 @@ type container struct {
 	pumps  sync.WaitGroup
 	taps   taps
 	execs  atomic.Uint64 // names their cgroups
+	ended  atomic.Bool   // its end is seen, but not on disk yet
 
 	mu          sync.Mutex
 	exit        *record.Exit // set before exited is closed

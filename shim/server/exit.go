@@ -78,6 +78,7 @@ func (s *Server) finish(c *container, x record.Exit) {
 	if n, err := c.cgroup.OOMKillCount(); err == nil && n > 0 && (x.Code != 0 || !x.Known) {
 		x.OOMKilled = true
 	}
+	c.ended.Store(true)
 	s.flush(c)
 	ctx, cancel := context.WithCancel(context.Background())
 	go func() {
@@ -175,8 +176,11 @@ func (s *Server) destroy(ctx context.Context, c *container) error {
 	select {
 	case <-c.exited:
 	case <-ctx.Done():
-		return fmt.Errorf("wait for its end after SIGKILL: %w", ctx.Err())
+		return fmt.Errorf("wait for its end and the record of it after SIGKILL: %w", ctx.Err())
 	case <-t.C:
+		if c.ended.Load() {
+			return fmt.Errorf("its exit record cannot be written to %s: %w", s.cfg.ExitDir, errdefs.ErrUnavailable)
+		}
 		return fmt.Errorf("it does not end after SIGKILL: %w", errdefs.ErrUnavailable)
 	}
 	c.awaitPumps(time.Second)

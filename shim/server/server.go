@@ -161,21 +161,21 @@ func (s *Server) loadExits() error {
 
 // follower is a client that wants to know every exit.
 type follower struct {
-	ch   chan record.Exit
-	lost bool // it did not keep up; guarded by Server.mu
+	wake  chan struct{} // has one token when queue may not be empty
+	queue []record.Exit // guarded by Server.mu
 }
 
-// follow returns the exits there are, and a follower for those to come.
-func (s *Server) follow() ([]record.Exit, *follower) {
+// follow returns a follower who will hear of the exits there are and of those
+// to come, and how many are there.
+func (s *Server) follow() (*follower, int) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	f := &follower{ch: make(chan record.Exit, 256)}
+	f := &follower{wake: make(chan struct{}, 1)}
 	s.followers[f] = struct{}{}
-	var all []record.Exit
 	for _, x := range s.exits {
-		all = append(all, x)
+		f.add(x)
 	}
-	return all, f
+	return f, len(f.queue)
 }
 
 func (s *Server) unfollow(f *follower) {
@@ -184,22 +184,30 @@ func (s *Server) unfollow(f *follower) {
 	delete(s.followers, f)
 }
 
-// publish tells all followers. One that is 256 exits behind is cut off; it
-// reads the records again when it comes back.
+func (f *follower) add(x record.Exit) {
+	f.queue = append(f.queue, x)
+	select {
+	case f.wake <- struct{}{}:
+	default:
+	}
+}
+
+// take returns what the follower has not heard yet.
+func (s *Server) take(f *follower) []record.Exit {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	q := f.queue
+	f.queue = nil
+	return q
+}
+
+// publish tells all followers.
 func (s *Server) publish(x record.Exit) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.exits[x.ID] = x
 	for f := range s.followers {
-		select {
-		case f.ch <- x:
-		default:
-			if !f.lost {
-				f.lost = true
-				close(f.ch)
-			}
-			delete(s.followers, f)
-		}
+		f.add(x)
 	}
 }
 
@@ -225,7 +233,9 @@ func (s *Server) saveExit(ctx context.Context, x record.Exit) error {
 		if err == nil {
 			return nil
 		}
-		s.cfg.Log.Error("write exit record; trying again", "container", x.ID, "err", err)
+		if delay == 20*time.Millisecond {
+			s.cfg.Log.Error("write exit record; the exit is not told before it is written", "container", x.ID, "err", err)
+		}
 		select {
 		case <-ctx.Done():
 			return err

@@ -171,25 +171,23 @@ func (v service) Wait(ctx context.Context, r *api.IDRequest) (*api.ContainerExit
 }
 
 func (v service) Exits(ctx context.Context, _ *api.Empty, stream api.Shim_ExitsServer) error {
-	known, f := v.s.follow()
+	f, known := v.s.follow()
 	defer v.s.unfollow(f)
-	for i := range known {
-		if err := stream.Send(&api.ExitEvent{Exit: wireExit(&known[i])}); err != nil {
-			return err
-		}
-	}
-	if err := stream.Send(&api.ExitEvent{Synced: true}); err != nil {
-		return err
-	}
-	for {
-		select {
-		case x, ok := <-f.ch:
-			if !ok {
-				return wire(fmt.Errorf("exits come faster than they are taken: %w", errdefs.ErrUnavailable))
-			}
+	for sent := 0; ; {
+		for _, x := range v.s.take(f) {
 			if err := stream.Send(&api.ExitEvent{Exit: wireExit(&x)}); err != nil {
 				return err
 			}
+			sent++
+		}
+		if known >= 0 && sent >= known {
+			known = -1
+			if err := stream.Send(&api.ExitEvent{Synced: true}); err != nil {
+				return err
+			}
+		}
+		select {
+		case <-f.wake:
 		case <-ctx.Done():
 			return nil
 		case <-v.s.stop:

@@ -30,6 +30,7 @@ import (
 	"os"
 	"os/signal"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
@@ -68,9 +69,22 @@ func main() {
 	flag.StringVar(&o.daemon, "nodeagent", "", "the nodeagent `binary`, default bin/nodeagent of this repository")
 	flag.IntVar(&o.rounds, "rounds", 40, "pod starts and execs measured one by one")
 	flag.IntVar(&o.batches, "batches", 2, "repetitions of each 50-pod batch; the median counts")
+	flag.Func("pods", "comma-separated `numbers` of pods to climb to (default 10,50,200)", func(s string) error {
+		for _, f := range strings.Split(s, ",") {
+			n, err := strconv.Atoi(f)
+			if err != nil {
+				return err
+			}
+			o.ladder = append(o.ladder, n)
+		}
+		return nil
+	})
 	flag.BoolVar(&o.quick, "quick", false, "few rounds, small ladder: shows that it works, not how fast")
 	flag.Parse()
-	o.batch, o.ladder, o.idle, o.pulls, o.logMB = 50, []int{10, 50, 200}, 10*time.Second, 3, 64
+	o.batch, o.idle, o.pulls, o.logMB = 50, 10*time.Second, 3, 64
+	if o.ladder == nil {
+		o.ladder = []int{10, 50, 200}
+	}
 	if o.quick {
 		o.rounds, o.batch, o.ladder, o.idle, o.pulls, o.logMB, o.batches = 5, 8, []int{4, 8}, time.Second, 1, 16, 1
 	}

@@ -149,6 +149,10 @@ func (b *bench) atRest(ctx context.Context, r *runtime, p *pod) error {
 			name string
 			f    func() error
 		}{
+			{floorCall, func() error {
+				_, err := r.rs.Version(ctx, &runtimeapi.VersionRequest{})
+				return err
+			}},
 			{"ListPodSandbox, 50 pods", func() error {
 				_, err := r.rs.ListPodSandbox(ctx, &runtimeapi.ListPodSandboxRequest{})
 				return err

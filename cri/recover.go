@@ -121,7 +121,9 @@ func (s *Server) adoptSandboxes(records []*store.Sandbox, live map[string]Proces
 			b.pausePid = p.Pid
 		}
 		if rec.Label != "" {
-			selinux.ReserveLabel(rec.Label)
+			if err := selinux.ReserveLabelV2(rec.Label); err != nil {
+				s.log.Warn("a pod's SELinux categories could not be reserved, another may get them", "sandbox", rec.ID, "label", rec.Label, "err", err)
+			}
 		}
 		s.sandboxes.Add(rec.ID, b)
 		s.sandboxNames.take(b.key, rec.ID, rec.Digest, b.usable)

@@ -19,6 +19,7 @@ import (
 type machine struct {
 	image        image
 	payload, dir string // dir: sockets, console and the disk's changes
+	accel        string
 	memory, cpus int
 }
 
@@ -43,7 +44,7 @@ func (m machine) run(ctx context.Context, out io.Writer) (*results, error) {
 		return res, err
 	}
 	cmd := exec.Command("qemu-system-x86_64",
-		"-machine", "q35,accel=kvm:tcg", "-cpu", "Nehalem", "-smp", strconv.Itoa(m.cpus), "-m", strconv.Itoa(m.memory),
+		"-machine", "q35,accel="+m.accel, "-cpu", "Nehalem", "-smp", strconv.Itoa(m.cpus), "-m", strconv.Itoa(m.memory),
 		"-nodefaults", "-no-user-config", "-display", "none", "-nic", "none",
 		"-kernel", m.image.kernel, "-initrd", boot, "-append", kernelLine,
 		"-drive", "if=virtio,format=raw,snapshot=on,cache=unsafe,file="+m.image.disk,

@@ -24,9 +24,9 @@ import (
 )
 
 type options struct {
-	cache, pkg, bins, suites string
-	limit                    time.Duration
-	memory, cpus             int
+	cache, pkg, bins, suites, accel string
+	limit                           time.Duration
+	memory, cpus                    int
 }
 
 func main() {
@@ -36,6 +36,8 @@ func main() {
 	flag.StringVar(&o.bins, "bin", "bin", "`directory` of the binaries under test")
 	flag.StringVar(&o.suites, "suites", "service,v2,reboot,systemd,cgroupfs,purge", "comma-separated suites: "+strings.Join(suiteNames(), ", "))
 	flag.DurationVar(&o.limit, "limit", 30*time.Minute, "of the machine's life")
+	// Within other virtual machines KVM may be there and not work.
+	flag.StringVar(&o.accel, "accel", "tcg", "qemu's accelerator: tcg or kvm")
 	flag.IntVar(&o.memory, "m", 2048, "memory of the machine in MiB")
 	flag.IntVar(&o.cpus, "smp", 2, "CPUs of the machine")
 	flag.Parse()
@@ -67,7 +69,7 @@ func run(ctx context.Context, o options) error {
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, o.limit, fmt.Errorf("the machine ran longer than %v", o.limit))
 	defer cancel()
-	m := machine{image: img, payload: payload, dir: cache, memory: o.memory, cpus: o.cpus}
+	m := machine{image: img, payload: payload, dir: cache, accel: o.accel, memory: o.memory, cpus: o.cpus}
 	results, err := m.run(ctx, os.Stdout)
 	results.print(os.Stdout)
 	if err != nil {

@@ -3,6 +3,7 @@ package policy
 import (
 	"cmp"
 	"net/netip"
+	"reflect"
 	"slices"
 
 	"github.com/nodeagent/nodeagent/ebpf/objects"
@@ -273,15 +274,20 @@ func (c *Compiler) touch(p *pod) {
 	}
 }
 
-// SetPolicy adds or replaces a policy and returns what of it cannot be used.
+// SetPolicy adds or replaces a policy, which must not change afterwards, and
+// returns what of it cannot be used.
 func (c *Compiler) SetPolicy(p *objects.Policy) []string {
-	c.serial++
 	list := c.policies[p.Namespace]
 	if list == nil {
 		list = map[string]*compiled{}
 		c.policies[p.Namespace] = list
 	}
+	if old := list[p.Name]; old != nil && (old.object == p || reflect.DeepEqual(&old.object.Spec, &p.Spec)) {
+		return old.faults
+	}
+	c.serial++
 	n := compile(p, c.serial)
+	n.object = p
 	list[p.Name] = n
 	c.dirty.policies[p.Namespace] = true
 	return n.faults

@@ -50,6 +50,7 @@ type rule struct {
 
 // compiled is one policy object.
 type compiled struct {
+	object   *objects.Policy
 	key      objects.PodKey
 	serial   uint64
 	selector selector

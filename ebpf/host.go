@@ -1,0 +1,134 @@
+//go:build linux
+
+package ebpf
+
+import (
+	"context"
+	"fmt"
+	"net/netip"
+	"time"
+
+	"github.com/vishvananda/netlink"
+	"golang.org/x/sys/unix"
+)
+
+// host is what policy needs of this node: its addresses and its interfaces.
+type host struct {
+	addrs []netip.Addr
+	links []hostLink
+}
+
+type hostLink struct {
+	index        int
+	name         string
+	ethernet     bool
+	defaultRoute bool
+}
+
+// watchHost calls changed now and whenever addresses, interfaces or default
+// routes have changed, at most ten times a second.
+func watchHost(ctx context.Context, changed func(host)) error {
+	addrs, links, routes := make(chan netlink.AddrUpdate, 64), make(chan netlink.LinkUpdate, 64), make(chan netlink.RouteUpdate, 64)
+	if err := netlink.AddrSubscribe(addrs, ctx.Done()); err != nil {
+		return fmt.Errorf("watch addresses: %w", err)
+	}
+	if err := netlink.LinkSubscribe(links, ctx.Done()); err != nil {
+		return fmt.Errorf("watch interfaces: %w", err)
+	}
+	if err := netlink.RouteSubscribe(routes, ctx.Done()); err != nil {
+		return fmt.Errorf("watch routes: %w", err)
+	}
+	var last string
+	for {
+		h, err := readHost()
+		if err != nil {
+			return err
+		}
+		if now := fmt.Sprint(h); now != last {
+			last = now
+			changed(h)
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case _, ok := <-addrs:
+			if !ok {
+				return closed(ctx)
+			}
+		case _, ok := <-links:
+			if !ok {
+				return closed(ctx)
+			}
+		case _, ok := <-routes:
+			if !ok {
+				return closed(ctx)
+			}
+		}
+		drain(ctx, 100*time.Millisecond, addrs, links, routes)
+	}
+}
+
+func closed(ctx context.Context) error {
+	if ctx.Err() != nil {
+		return nil
+	}
+	return fmt.Errorf("netlink subscription ended")
+}
+
+// drain takes what else is told for a while: pods come and go in numbers.
+func drain(ctx context.Context, d time.Duration, addrs chan netlink.AddrUpdate, links chan netlink.LinkUpdate, routes chan netlink.RouteUpdate) {
+	timer := time.NewTimer(d)
+	defer timer.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-timer.C:
+			return
+		case <-addrs:
+		case <-links:
+		case <-routes:
+		}
+	}
+}
+
+func readHost() (host, error) {
+	var h host
+	addrs, err := netlink.AddrList(nil, netlink.FAMILY_ALL)
+	if err != nil {
+		return h, fmt.Errorf("list addresses: %w", err)
+	}
+	for _, a := range addrs {
+		if ip, ok := netip.AddrFromSlice(a.IP); ok {
+			h.addrs = append(h.addrs, ip.Unmap())
+		}
+	}
+	filter := &netlink.Route{Table: unix.RT_TABLE_MAIN}
+	def := map[int]bool{}
+	for _, f := range []int{netlink.FAMILY_V4, netlink.FAMILY_V6} {
+		routes, err := netlink.RouteListFiltered(f, filter, netlink.RT_FILTER_TABLE)
+		if err != nil {
+			return h, fmt.Errorf("list routes: %w", err)
+		}
+		for _, r := range routes {
+			if r.Dst != nil {
+				if ones, _ := r.Dst.Mask.Size(); ones != 0 {
+					continue
+				}
+			}
+			def[r.LinkIndex] = true
+			for _, hop := range r.MultiPath {
+				def[hop.LinkIndex] = true
+			}
+		}
+	}
+	links, err := netlink.LinkList()
+	if err != nil {
+		return h, fmt.Errorf("list interfaces: %w", err)
+	}
+	for _, l := range links {
+		a := l.Attrs()
+		h.links = append(h.links, hostLink{index: a.Index, name: a.Name, ethernet: a.EncapType == "ether", defaultRoute: def[a.Index]})
+	}
+	return h, nil
+}

@@ -1,0 +1,360 @@
+//go:build linux
+
+package ebpf
+
+import (
+	"cmp"
+	"errors"
+	"fmt"
+	"maps"
+	"path/filepath"
+	"slices"
+	"time"
+
+	"github.com/containerd/errdefs"
+
+	"github.com/nodeagent/nodeagent/ebpf/datapath"
+	"github.com/nodeagent/nodeagent/ebpf/objects"
+	"github.com/nodeagent/nodeagent/ebpf/policy"
+)
+
+// state belongs to Run's goroutine.
+type state struct {
+	cfg      Config
+	name     func(uint32, objects.PodKey)
+	compiler *policy.Compiler
+	d        *datapath.Datapath
+
+	objects    Objects
+	host       host
+	synced     bool // the source's first state is here
+	reconciled bool // so are the live pods
+	ready      bool // both were enforced
+	changed    bool // the compiler has to be told objects again
+	dirty      bool // something was told to it
+
+	pods    map[string]*local // by sandbox
+	free    []uint32          // numbers of endpoints
+	next    uint32
+	uplinks map[int]*uplink
+
+	unsettled bool
+	problems  []string
+	last      time.Duration
+}
+
+type local struct {
+	Pod
+	id       uint32
+	attached *datapath.Attached
+}
+
+type uplink struct {
+	name     string
+	attached *datapath.Attached
+}
+
+func newState(cfg Config, d *datapath.Datapath, name func(uint32, objects.PodKey)) *state {
+	return &state{cfg: cfg, name: name, d: d, compiler: policy.New(policy.Limits{}), pods: map[string]*local{}, uplinks: map[int]*uplink{}, next: 1, changed: true}
+}
+
+func (s *state) close() {
+	for _, p := range s.pods {
+		if p.attached != nil {
+			p.attached.Close()
+		}
+	}
+	for _, u := range s.uplinks {
+		u.attached.Close()
+	}
+	s.d.Close()
+}
+
+// perform does the calls, brings the kernel up to date and answers. It returns
+// the calls that have to wait for the first complete state.
+func (s *state) perform(batch []call) (waiting []call) {
+	began := time.Now()
+	errs := make([]error, len(batch))
+	held := make([]bool, len(batch))
+	run := func(late bool) {
+		for i, c := range batch {
+			if c.late == late && !held[i] {
+				errs[i] = c.do(s)
+			}
+		}
+	}
+	run(false)
+	becomes := !s.ready && s.synced && s.reconciled
+	for i, c := range batch {
+		if c.late && !s.ready && !becomes {
+			held[i] = true
+			waiting = append(waiting, c)
+		}
+	}
+	err := s.update(becomes)
+	run(true)
+	err = errors.Join(err, s.update(false))
+	for i, c := range batch {
+		if !held[i] {
+			if c.late {
+				errs[i] = errors.Join(errs[i], err)
+			}
+			c.done <- errs[i]
+		}
+	}
+	s.last = time.Since(began)
+	return waiting
+}
+
+// update enforces what is known. Its error is that of the tables' writing.
+func (s *state) update(becomes bool) error {
+	if !s.ready && !becomes {
+		return nil
+	}
+	if s.changed {
+		s.compiler.Set(s.cluster())
+		s.changed, s.dirty = false, true
+	}
+	if !s.dirty {
+		return nil
+	}
+	s.dirty = false
+	plan := s.compiler.Update()
+	err := s.d.Apply(plan)
+	s.unsettled = s.unsettled || !plan.Empty()
+	s.note(plan, err)
+	if becomes {
+		s.ready = true
+		s.attachAll()
+	}
+	return err
+}
+
+func (s *state) note(plan *policy.Plan, err error) {
+	problems := slices.Clone(plan.Problems)
+	if err != nil {
+		problems = append(problems, err.Error())
+	}
+	if len(problems) > 0 && !slices.Equal(problems, s.problems) {
+		s.cfg.Log.Error("network policy denies more than it should: tables are full", "err", errors.Join(stringErrors(problems)...))
+	}
+	s.problems = problems
+}
+
+func stringErrors(list []string) []error {
+	out := make([]error, len(list))
+	for i, t := range list {
+		out[i] = errors.New(t)
+	}
+	return out
+}
+
+// settle lets numbers be used again.
+func (s *state) settle() {
+	if s.unsettled && s.ready {
+		s.d.Settle()
+		s.compiler.Graced()
+		s.unsettled = false
+	}
+}
+
+// cluster is the source's objects with the local pods as the runtime has them.
+func (s *state) cluster() *objects.Cluster {
+	c := &objects.Cluster{Namespaces: s.objects.Namespaces, Policies: s.objects.Policies, Node: s.host.addrs, Services: s.cfg.Services}
+	here := map[objects.PodKey]*local{}
+	for _, p := range s.pods {
+		if q := here[p.PodKey]; q == nil || p.Created.After(q.Created) {
+			here[p.PodKey] = p
+		}
+	}
+	c.Pods = make([]objects.Pod, 0, len(s.objects.Pods)+len(here))
+	for i := range s.objects.Pods {
+		o := s.objects.Pods[i]
+		if p := here[o.PodKey]; p != nil && (p.UID == o.UID || p.UID == "" || o.UID == "") {
+			o.IPs, o.Created, o.HostNetwork, o.Finished = p.IPs, p.Created.UnixNano(), false, false
+			delete(here, o.PodKey)
+		} else if p != nil {
+			continue // another pod of that name, before or after the one that runs here
+		}
+		c.Pods = append(c.Pods, o)
+	}
+	for _, key := range slices.SortedFunc(maps.Keys(here), func(a, b objects.PodKey) int { return cmp.Compare(a.String(), b.String()) }) {
+		p := here[key]
+		c.Pods = append(c.Pods, objects.Pod{PodKey: key, UID: p.UID, Created: p.Created.UnixNano(), Labels: p.Labels, IPs: p.IPs})
+	}
+	return c
+}
+
+// add gives a pod an endpoint. Its interface passes nothing until the update
+// that follows.
+func (s *state) add(p Pod) error {
+	if p.SandboxID == "" || p.Interface <= 0 {
+		return fmt.Errorf("pod %s: neither sandbox nor interface: %w", p.PodKey, errdefs.ErrInvalidArgument)
+	}
+	if err := s.remove(p.SandboxID); err != nil {
+		return err
+	}
+	for id, q := range s.pods { // an interface number comes back when the former owner is gone
+		if q.Interface == p.Interface {
+			if err := s.remove(id); err != nil {
+				return err
+			}
+		}
+	}
+	for i, ip := range p.IPs {
+		p.IPs[i] = ip.Unmap()
+	}
+	l := &local{Pod: p, id: s.number()}
+	if err := s.d.Insert(l.id, p.Interface, p.IPs); err != nil {
+		s.free = append(s.free, l.id)
+		return fmt.Errorf("pod %s: %w", p.PodKey, errors.Join(err, errdefs.ErrResourceExhausted))
+	}
+	if s.ready {
+		a, err := s.d.AttachPod(p.Interface)
+		if err != nil {
+			err = errors.Join(err, s.d.Remove(l.id))
+			s.free = append(s.free, l.id)
+			return fmt.Errorf("pod %s: %w", p.PodKey, err)
+		}
+		l.attached = a
+	}
+	s.pods[p.SandboxID] = l
+	s.name(l.id, p.PodKey)
+	s.compiler.SetEndpoint(l.id, p.PodKey, p.IPs, s.cfg.audited(p.Namespace))
+	s.changed, s.dirty = true, true
+	return nil
+}
+
+func (s *state) number() uint32 {
+	if n := len(s.free); n > 0 {
+		id := s.free[n-1]
+		s.free = s.free[:n-1]
+		return id
+	}
+	s.next++
+	return s.next - 1
+}
+
+func (s *state) remove(sandbox string) error {
+	p := s.pods[sandbox]
+	if p == nil {
+		return nil
+	}
+	delete(s.pods, sandbox)
+	s.name(p.id, objects.PodKey{})
+	s.compiler.DeleteEndpoint(p.id)
+	s.changed, s.dirty = true, true
+	err := s.d.Remove(p.id) // before the number is given again
+	if p.attached != nil {
+		err = errors.Join(err, s.d.Detach(p.Interface, p.attached))
+	}
+	s.free = append(s.free, p.id)
+	if err != nil {
+		return fmt.Errorf("remove pod %s: %w", p.PodKey, err)
+	}
+	return nil
+}
+
+func (s *state) reconcile(live []Pod) error {
+	keep := map[string]bool{}
+	var errs []error
+	for _, p := range live {
+		keep[p.SandboxID] = true
+		if q := s.pods[p.SandboxID]; q != nil && q.Interface == p.Interface {
+			continue
+		}
+		errs = append(errs, s.add(p))
+	}
+	for _, id := range slices.Collect(maps.Keys(s.pods)) {
+		if !keep[id] {
+			errs = append(errs, s.remove(id))
+		}
+	}
+	s.reconciled = true
+	return errors.Join(errs...)
+}
+
+// attachAll puts the programs, whose tables are complete, on all interfaces and
+// drops the pins of those that are gone.
+func (s *state) attachAll() {
+	keep := map[int]bool{}
+	for _, p := range s.pods {
+		keep[p.Interface] = true
+		if p.attached != nil {
+			continue
+		}
+		a, err := s.d.AttachPod(p.Interface)
+		if err != nil {
+			s.cfg.Log.Error("network policy is not enforced on a pod", "pod", p.PodKey.String(), "sandbox", p.SandboxID, "err", err)
+			continue
+		}
+		p.attached = a
+	}
+	s.attachUplinks()
+	for i := range s.uplinks {
+		keep[i] = true
+	}
+	if err := s.d.Sweep(keep); err != nil {
+		s.cfg.Log.Warn("pins of interfaces that are gone stay", "err", err)
+	}
+}
+
+func (s *state) setHost(h host) error {
+	s.host = h
+	s.changed = true
+	if s.ready {
+		s.attachUplinks()
+	}
+	return nil
+}
+
+func (s *state) isUplink(l hostLink) bool {
+	if !l.ethernet || slices.ContainsFunc(slices.Collect(maps.Values(s.pods)), func(p *local) bool { return p.Interface == l.index }) {
+		return false
+	}
+	if s.cfg.Uplinks == nil {
+		return l.defaultRoute
+	}
+	return slices.ContainsFunc(s.cfg.Uplinks, func(pattern string) bool {
+		ok, _ := filepath.Match(pattern, l.name)
+		return ok
+	})
+}
+
+func (s *state) attachUplinks() {
+	now := map[int]bool{}
+	for _, l := range s.host.links {
+		if !s.isUplink(l) {
+			continue
+		}
+		now[l.index] = true
+		if s.uplinks[l.index] != nil {
+			continue
+		}
+		a, err := s.d.AttachUplink(l.index)
+		if err != nil {
+			s.cfg.Log.Error("network policy is not enforced on a NIC", "interface", l.name, "err", err)
+			continue
+		}
+		s.uplinks[l.index] = &uplink{l.name, a}
+	}
+	for i, u := range s.uplinks {
+		if !now[i] {
+			if err := s.d.Detach(i, u.attached); err != nil {
+				s.cfg.Log.Warn("programs stay on a NIC", "interface", u.name, "err", err)
+			}
+			delete(s.uplinks, i)
+		}
+	}
+}
+
+func (s *state) status() (Status, error) {
+	out := Status{Ready: s.ready, Pods: len(s.pods), Faults: s.compiler.Faults(), Problems: s.problems, Tables: s.compiler.Stats(), LastApply: s.last}
+	for _, u := range s.uplinks {
+		out.Uplinks = append(out.Uplinks, u.name)
+	}
+	slices.Sort(out.Uplinks)
+	var err error
+	out.Counters, err = s.d.Counters()
+	return out, err
+}

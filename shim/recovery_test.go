@@ -3,12 +3,14 @@
 package shim_test
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -226,4 +228,67 @@ func (n *node) wantNothing(id string) {
 	if strings.Contains(string(b), filepath.Join(n.state(), "c", id)) {
 		n.t.Errorf("mounts of %s are left", id)
 	}
+}
+
+// The reaper's death hurts nobody; the next shim gets a new one.
+func TestKillReaper(t *testing.T) {
+	n := newNode(t)
+	n.start(n.spec("a", "sh", "-c", "trap 'exit 11' TERM; while :; do usleep 1000; done"))
+	n.start(n.spec("b", "sh", "-c", "trap 'exit 12' TERM; while :; do usleep 1000; done"))
+	time.Sleep(50 * time.Millisecond) // the traps
+	n.killAll(n.find("reaper"))
+	r, err := n.client.ExecSync(n.ctx(), "a", shim.ExecOptions{Process: n.process("echo", "hello")})
+	if err != nil || string(r.Stdout) != "hello\n" {
+		t.Errorf("exec without a reaper = %+v, %v", r, err)
+	}
+	n.start(n.spec("c", "sh", "-c", "exit 13"))
+	if x := n.wait("c"); !x.Known || x.Code != 13 {
+		t.Errorf("exit = %+v", x)
+	}
+	if err := n.client.Signal(n.ctx(), "a", syscall.SIGTERM, false); err != nil {
+		t.Fatal(err)
+	}
+	if x := n.wait("a"); !x.Known || x.Code != 11 {
+		t.Errorf("exit = %+v", x)
+	}
+	n.killShim()
+	if err := n.client.Signal(n.ctx(), "b", syscall.SIGTERM, false); err != nil {
+		t.Fatal(err)
+	}
+	if x := n.wait("b"); kernelHasExitInfo(t) && (!x.Known || x.Code != 12) {
+		t.Errorf("exit = %+v", x)
+	}
+	if pids := n.pids(); len(pids) != 2 {
+		t.Errorf("%d processes, want reaper and shim", len(pids))
+	}
+}
+
+// Daemons that start at the same time get one shim.
+func TestOneShim(t *testing.T) {
+	n := newNode(t)
+	n.stop()
+	n.killAll(n.pids())
+	ctx, cancel := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	var clients []*shim.Client
+	for range 6 {
+		c, err := shim.New(shim.Config{Binary: binary, StateDir: n.state(), ExitDir: filepath.Join(n.dir, "exits")})
+		if err != nil {
+			t.Fatal(err)
+		}
+		wg.Go(func() { _ = c.Run(ctx) })
+		clients = append(clients, c)
+	}
+	for _, c := range clients {
+		if err := c.Ready(n.ctx()); err != nil {
+			t.Error(err)
+		}
+	}
+	time.Sleep(100 * time.Millisecond)
+	if r, s := n.find("reaper"), n.find("serve"); len(r) != 1 || len(s) != 1 {
+		t.Errorf("%d reapers and %d shims", len(r), len(s))
+	}
+	cancel()
+	wg.Wait()
+	n.connect()
 }

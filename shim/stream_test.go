@@ -81,6 +81,42 @@ func TestExecSyncCancelKillsAll(t *testing.T) {
 	n.wantNoExecGroups("c")
 }
 
+// In a frozen container not even the timeout's victim can be killed; the answer
+// comes all the same, and it dies with the thaw.
+func TestExecSyncInFrozenContainer(t *testing.T) {
+	n := newNode(t)
+	st := n.start(n.spec("c", "sleep", "1000"))
+	dir, ok := st.CgroupPaths["freezer"]
+	if !ok {
+		t.Skip("needs the freezer of cgroup v1")
+	}
+	freeze := func(state string) {
+		t.Helper()
+		if err := os.WriteFile(filepath.Join(dir, "freezer.state"), []byte(state), 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	freeze("FROZEN")
+	began := time.Now()
+	r, err := n.client.ExecSync(n.ctx(), "c", shim.ExecOptions{Process: n.process("true"), Timeout: 200 * time.Millisecond})
+	if err != nil || !r.TimedOut {
+		t.Errorf("exec = %+v, %v", r, err)
+	}
+	if d := time.Since(began); d > 3*time.Second {
+		t.Errorf("it took %v", d)
+	}
+	freeze("THAWED")
+	n.wantProcesses("c", 1)
+	if r, err := n.client.ExecSync(n.ctx(), "c", shim.ExecOptions{Process: n.process("true")}); err != nil || r.Code != 0 {
+		t.Errorf("exec after the thaw = %+v, %v", r, err)
+	}
+	n.wantNoExecGroups("c")
+	freeze("FROZEN")
+	if _, err := n.client.Delete(n.ctx(), "c"); err != nil {
+		t.Errorf("delete: %v", err)
+	}
+}
+
 func TestExecSyncOutput(t *testing.T) {
 	n := newNode(t)
 	n.start(n.spec("c", "sleep", "1000"))

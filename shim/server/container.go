@@ -180,7 +180,12 @@ func awaitPidfd(pidfd *os.File) error {
 func (c *container) kill(deadline time.Time) error {
 	_ = sendSignal(c.pidfd, unix.SIGKILL)
 	if c.facts.PrivatePID {
-		return nil // the kernel kills the rest before the first is reaped
+		// The kernel kills the rest before the first is reaped; but a
+		// frozen process does not die in cgroup v1.
+		if st, err := c.cgroup.GetFreezerState(); err == nil && st == cgroups.Frozen {
+			return c.cgroup.Freeze(cgroups.Thawed)
+		}
+		return nil
 	}
 	return killCgroup(c.cgroup, deadline)
 }

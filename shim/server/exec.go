@@ -5,6 +5,7 @@ package server
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -41,19 +42,58 @@ type execution struct {
 	group execGroup
 }
 
+// errNotBegun says that an exec did not even begin in its time.
+var errNotBegun = errors.New("the process did not start in time")
+
+// execWithin is exec with a deadline (zero: none). A container that gets hardly
+// any CPU, or is frozen, can hold up even the beginning of an exec.
+func (s *Server) execWithin(ctx context.Context, deadline time.Time, c *container, lp *libcontainer.Process) (*execution, error) {
+	type result struct {
+		e   *execution
+		err error
+	}
+	group := s.newExecGroup(c)
+	done := make(chan result, 1)
+	go func() {
+		e, err := s.exec(c, lp, group)
+		done <- result{e, err}
+	}()
+	if !deadline.IsZero() {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithDeadline(ctx, deadline)
+		defer cancel()
+	}
+	select {
+	case r := <-done:
+		return r.e, r.err
+	case <-ctx.Done():
+	}
+	group.kill()
+	end := func(r result) {
+		if r.e != nil {
+			r.e.kill()
+		}
+	}
+	select {
+	case r := <-done:
+		end(r)
+	case <-time.After(time.Second):
+		go func() { end(<-done) }()
+	}
+	return nil, errNotBegun
+}
+
 // exec starts lp in the container. On error nothing is left.
-func (s *Server) exec(c *container, lp *libcontainer.Process) (_ *execution, err error) {
+func (s *Server) exec(c *container, lp *libcontainer.Process, group execGroup) (_ *execution, err error) {
 	select {
 	case <-c.exited:
+		group.remove(c)
 		return nil, fmt.Errorf("exec in container %q, which has exited: %w", c.id, errdefs.ErrFailedPrecondition)
 	default:
 	}
 	s.quiet.Reset(quietTime)
-	e := &execution{c: c}
-	if e.group, err = c.newExecGroup(); err != nil {
-		s.cfg.Log.Warn("make cgroup for exec; a timeout kills by session only", "container", c.id, "err", err)
-	}
-	lp.SubCgroupPaths = e.group.sub
+	e := &execution{c: c, group: group}
+	lp.SubCgroupPaths = group.sub
 	if err := c.lc.Start(lp); err != nil {
 		e.group.remove(c)
 		return nil, fmt.Errorf("exec in container %q: %w", c.id, startError(err))
@@ -119,8 +159,16 @@ type execGroup struct {
 	sub  map[string]string // for libcontainer
 }
 
-func (c *container) newExecGroup() (execGroup, error) {
+func (s *Server) newExecGroup(c *container) execGroup {
 	c.removeStale()
+	g, err := c.newExecGroup()
+	if err != nil && !errors.Is(err, os.ErrNotExist) { // gone with its container
+		s.cfg.Log.Warn("make cgroup for exec; a timeout kills by session only", "container", c.id, "err", err)
+	}
+	return g
+}
+
+func (c *container) newExecGroup() (execGroup, error) {
 	base, ok := c.facts.CgroupPaths["freezer"]
 	if !ok || cgroups.IsCgroup2UnifiedMode() {
 		return execGroup{}, nil
@@ -326,9 +374,15 @@ func (s *Server) execSync(ctx context.Context, req *api.ExecSyncRequest) (*api.E
 	if req.Timeout > 0 {
 		deadline = time.Now().Add(time.Duration(req.Timeout))
 	}
-	e, err := s.exec(c, lp)
+	e, err := s.execWithin(ctx, deadline, c, lp)
 	outW.Close()
 	errW.Close()
+	if err == errNotBegun {
+		if err := ctx.Err(); err != nil {
+			return nil, fmt.Errorf("exec in container %q: %w", c.id, err)
+		}
+		return &api.ExecSyncResponse{Code: 128 + int32(unix.SIGKILL), TimedOut: true}, nil
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -274,7 +274,7 @@ func (s *Server) execPipes(c *container, lp *libcontainer.Process, p passed) (*e
 			lp.Stderr = f
 		}
 	}
-	return s.exec(c, lp)
+	return s.exec(c, lp, s.newExecGroup(c))
 }
 
 func (s *Server) execTerminal(x *session, lp *libcontainer.Process, req *api.StreamRequest) (*execution, error) {
@@ -286,7 +286,7 @@ func (s *Server) execTerminal(x *session, lp *libcontainer.Process, req *api.Str
 	if req.Width > 0 && req.Height > 0 {
 		lp.ConsoleWidth, lp.ConsoleHeight = uint16(req.Width), uint16(req.Height)
 	}
-	e, err := s.exec(x.c, lp)
+	e, err := s.exec(x.c, lp, s.newExecGroup(x.c))
 	if err != nil {
 		return nil, err
 	}

@@ -1,6 +1,7 @@
 package rootfs
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"os"
@@ -36,6 +37,9 @@ func (o overlay) options() [][2]string {
 
 // maxParam is the longest value that fsconfig(2) takes, in bytes.
 const maxParam = 255
+
+// unknownOption is one that overlay does not have.
+const unknownOption = "nodeagent_probe"
 
 // errNoMountAPI says that this kernel cannot take layers one by one.
 var errNoMountAPI = errors.New("the kernel's mount API does not take overlay layers one by one (before 6.5)")
@@ -77,6 +81,11 @@ func (o overlay) open(attr int) (int, error) {
 		return -1, fmt.Errorf("open overlay filesystem: %w", err)
 	}
 	defer unix.Close(fs)
+	// Before 6.5 overlay has no parser of its own: everything is taken now and
+	// refused only at the end.
+	if unix.FsconfigSetFlag(fs, unknownOption) == nil {
+		return -1, errNoMountAPI
+	}
 	var long fdSet
 	defer long.close()
 	for i, dir := range o.lower {
@@ -127,6 +136,9 @@ func (o overlay) explain(fs int, err error) error {
 		n, e := unix.Read(fs, buf)
 		if e != nil || n <= 0 {
 			break
+		}
+		if bytes.Contains(buf[:n], []byte(unknownOption)) {
+			continue
 		}
 		texts = append(texts, strings.TrimSpace(strings.TrimPrefix(string(buf[:n]), "e overlay: ")))
 	}

@@ -18,9 +18,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"hash/fnv"
+	"net"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"sync"
@@ -110,14 +114,7 @@ func New(c Config) (*Node, error) {
 		c.Name = "t" + strconv.Itoa(os.Getpid()%1000000)
 	}
 	if len(c.PodCIDRs) == 0 {
-		var h uint32 = 2166136261
-		for _, b := range []byte(c.Name) {
-			h = (h ^ uint32(b)) * 16777619
-		}
-		c.PodCIDRs = []string{
-			fmt.Sprintf("10.%d.%d.0/20", 128+h%100, (h>>8)%16*16),
-			fmt.Sprintf("fd00:6e61:%x::/64", h&0xffff),
-		}
+		c.PodCIDRs = podRanges(c.Name)
 	}
 	if c.LogLevel == "" {
 		c.LogLevel = "info"
@@ -139,6 +136,28 @@ func New(c Config) (*Node, error) {
 		return nil, err
 	}
 	return n, nil
+}
+
+// podRanges picks a range of each family by name, that no interface has
+// addresses of.
+func podRanges(name string) []string {
+	var used []netip.Prefix
+	addrs, _ := net.InterfaceAddrs()
+	for _, a := range addrs {
+		if p, err := netip.ParsePrefix(a.String()); err == nil {
+			used = append(used, p)
+		}
+	}
+	h := fnv.New32a()
+	for {
+		h.Write([]byte(name))
+		n := h.Sum32()
+		v4 := netip.PrefixFrom(netip.AddrFrom4([4]byte{10, byte(128 + n%100), byte(n >> 8 & 0xf0), 0}), 20)
+		v6 := fmt.Sprintf("fd00:6e61:%x::/64", n&0xffff)
+		if !slices.ContainsFunc(used, v4.Overlaps) && !slices.ContainsFunc(used, netip.MustParsePrefix(v6).Overlaps) {
+			return []string{v4.String(), v6}
+		}
+	}
 }
 
 // ConfigPath is the daemon's configuration file.

@@ -6,6 +6,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net"
 	"os"
 	"path/filepath"
 	"time"
@@ -22,11 +23,8 @@ import (
 //
 // Errors: FailedPrecondition if there is a container.
 func (c *Client) Leave(ctx context.Context) error {
-	nc, err := dial(ctx, c.cfg.StateDir, "shim.sock")
-	if errors.Is(err, os.ErrNotExist) || errors.Is(err, unix.ECONNREFUSED) {
-		return nil // none runs
-	}
-	if err != nil {
+	nc, err := c.dialLast(ctx)
+	if nc == nil {
 		return err
 	}
 	conn := newConnection(nc)
@@ -48,6 +46,36 @@ func (c *Client) Leave(ctx context.Context) error {
 		}
 	}
 	return nil
+}
+
+// startGrace is how long a reaper that Run has just started may take to lock
+// its directory.
+const startGrace = 100 * time.Millisecond
+
+// dialLast connects to the shim, also to one that is only about to listen; nil
+// if there is none.
+func (c *Client) dialLast(ctx context.Context) (net.Conn, error) {
+	for began := time.Now(); ; {
+		nc, err := dial(ctx, c.cfg.StateDir, "shim.sock")
+		if err == nil {
+			return nc, nil
+		}
+		if !errors.Is(err, os.ErrNotExist) && !errors.Is(err, unix.ECONNREFUSED) {
+			return nil, err
+		}
+		alive, err := locked(filepath.Join(c.cfg.StateDir, "reaper.lock"))
+		if err != nil {
+			return nil, err
+		}
+		if !alive && time.Since(began) > startGrace {
+			return nil, nil
+		}
+		select {
+		case <-ctx.Done():
+			return nil, fmt.Errorf("wait for the shim to listen: %w", ctx.Err())
+		case <-time.After(2 * time.Millisecond):
+		}
+	}
 }
 
 // waitFree waits until nobody holds a lock of the state directory.

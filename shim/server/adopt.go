@@ -113,10 +113,11 @@ func (s *Server) adopt(ctx context.Context, id string, sameBoot bool) error {
 	alive := sameBoot && s.adoptProcess(c)
 	s.mu.Lock()
 	s.containers[id] = c
+	x, ended := s.exits[id]
 	s.mu.Unlock()
 	close(c.started)
 	s.runPumps(c)
-	if x, ok := s.exits[id]; ok {
+	if ended {
 		c.exit = &x
 		close(c.exited)
 		return nil

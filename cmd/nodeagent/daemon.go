@@ -193,10 +193,7 @@ func (d *node) run(ctx context.Context) error {
 	if err := context.Cause(ctx); !errors.Is(err, context.Canceled) {
 		return err
 	}
-	if recovered != nil {
-		return nil // stopped before it was known what there is
-	}
-	return d.leave(context.WithoutCancel(ctx))
+	return d.leave(context.WithoutCancel(ctx), recovered == nil)
 }
 
 // shimBinary is beside this program, or in the search path.

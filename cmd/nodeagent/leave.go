@@ -15,23 +15,30 @@ const leaveTimeout = 10 * time.Second
 // leave takes away what serves all pods together, if there is none: the shim
 // and the network's tables, addresses and routes. With pods it does nothing,
 // since they go on. Nothing of ours serves any more when it is called.
-func (d *node) leave(ctx context.Context) error {
+//
+// A daemon that was stopped before it had recovered does not know of pods; it
+// only ends a shim that has no containers.
+func (d *node) leave(ctx context.Context, recovered bool) error {
 	ctx, cancel := context.WithTimeout(ctx, leaveTimeout)
 	defer cancel()
-	pods, err := d.cri.ListPodSandbox(ctx, &runtimeapi.ListPodSandboxRequest{})
-	if err != nil {
-		return fmt.Errorf("look for pods that go on: %w", err)
-	}
-	if n := len(pods.Items); n > 0 {
-		d.log.Info("pods go on without the daemon", "pods", n)
-		return nil
+	if recovered {
+		pods, err := d.cri.ListPodSandbox(ctx, &runtimeapi.ListPodSandboxRequest{})
+		if err != nil {
+			return fmt.Errorf("look for pods that go on: %w", err)
+		}
+		if n := len(pods.Items); n > 0 {
+			d.log.Info("pods go on without the daemon", "pods", n)
+			return nil
+		}
 	}
 	switch err := d.shim.Leave(ctx); {
 	case errdefs.IsFailedPrecondition(err):
-		d.log.Warn("the shim stays", "err", err) // a removal that is tried again by the next daemon
+		d.log.Info("containers go on without the daemon", "err", err)
 		return nil
 	case err != nil:
 		return err
+	case !recovered:
+		return nil
 	}
 	return d.network.Remove(ctx)
 }

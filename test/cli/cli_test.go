@@ -242,6 +242,23 @@ func TestMetrics(t *testing.T) {
 	}
 }
 
+// TestStoppedWhileStarting: a daemon that is stopped early leaves as little.
+func TestStoppedWhileStarting(t *testing.T) {
+	n := start(t)
+	for _, after := range []time.Duration{0, 2, 5, 10, 15, 20, 30, 50, 80, 150} {
+		if err := n.Stop(); err != nil {
+			t.Fatal(err)
+		}
+		if left := n.WaitNoLeaks(node.Leaks{}, 5*time.Second); left != "" {
+			t.Fatalf("left behind:\n%s", left)
+		}
+		if err := n.Launch(); err != nil {
+			t.Fatal(err)
+		}
+		time.Sleep(after * time.Millisecond)
+	}
+}
+
 // TestStopsCleanly: with no pod, nothing outlives the daemon; a second daemon
 // on the same directories is refused while the first runs.
 func TestStopsCleanly(t *testing.T) {

@@ -64,6 +64,10 @@ var initAllowed = map[string]string{
 	"shim/initmode": "libcontainer's init has to run before any other package initialises",
 }
 
+// generatedBinaries are name endings of files that a compiler made and go:embed
+// takes in; make generate makes them anew.
+var generatedBinaries = []string{"_bpfel.o", "_bpfeb.o"}
+
 // writtenVars are package variables that may be assigned after their
 // declaration ("folder.name"), with the reason.
 var writtenVars = map[string]string{}

@@ -17,16 +17,17 @@ type part struct {
 }
 
 var parts = []part{
+	{"ladder", "memory, CPU, idle, lists at 0 to 200 pods", (*bench).ladderUp},
 	{"start", "pods one by one", (*bench).oneByOne},
 	{"batch", "50 pods at concurrency 1, 4, 10", (*bench).inBatches},
-	{"ladder", "memory, CPU, idle, lists at 0 to 200 pods", (*bench).ladderUp},
 	{"exec", "ExecSync", (*bench).execs},
 	{"log", "log throughput", (*bench).logs},
 	{"pull", "pull and unpack of 100 MB in ten layers", (*bench).pulls100},
+	{"end", "memory after all that", (*bench).atTheEnd},
 }
 
 func partNames() []string {
-	return []string{"start", "batch", "ladder", "exec", "log", "pull"}
+	return []string{"ladder", "start", "batch", "exec", "log", "pull", "end"}
 }
 
 func (b *bench) oneByOne(ctx context.Context) error {
@@ -92,7 +93,19 @@ func (b *bench) ladderUp(ctx context.Context) error {
 	return nil
 }
 
-const idleAt = 50
+const (
+	idleAt = 50
+	// settle is how long a runtime may tidy up before its memory is read.
+	settle = 2 * time.Second
+)
+
+func (b *bench) atTheEnd(context.Context) error {
+	time.Sleep(settle)
+	for _, r := range b.runtimes {
+		r.figures.set("memory (PSS), 0 pods, at the end", "MB", mb(r.memory().PSS))
+	}
+	return nil
+}
 
 func (b *bench) climb(ctx context.Context, r *runtime) (err error) {
 	var pods []*pod
@@ -101,10 +114,11 @@ func (b *bench) climb(ctx context.Context, r *runtime) (err error) {
 			err = e
 		}
 	}()
-	time.Sleep(time.Second)
+	time.Sleep(settle)
 	zero := r.memory()
 	r.figures.set("memory (PSS), 0 pods", "MB", mb(zero.PSS))
 	r.figures.set("memory (RSS), 0 pods", "MB", mb(zero.RSS))
+	r.figures.set("memory (PSS) of the daemon, 0 pods", "MB", mb(zero.Daemon))
 	for _, n := range b.ladder {
 		before := r.cpu()
 		more, err := b.startMany(ctx, r, b.idler(), n-len(pods), 4)
@@ -115,8 +129,9 @@ func (b *bench) climb(ctx context.Context, r *runtime) (err error) {
 			return err
 		}
 		r.figures.set(fmt.Sprintf("CPU per pod start, up to %d pods", n), "ms", used.group/added*1000)
-		time.Sleep(time.Second)
+		time.Sleep(settle)
 		m := r.memory()
+		r.figures.set(fmt.Sprintf("memory (PSS) of the daemon, %d pods", n), "MB", mb(m.Daemon))
 		r.figures.set(fmt.Sprintf("memory (PSS), %d pods", n), "MB", mb(m.PSS))
 		r.figures.set(fmt.Sprintf("memory (RSS), %d pods", n), "MB", mb(m.RSS))
 		r.figures.set(fmt.Sprintf("processes, %d pods", n), "", float64(m.Procs))

@@ -15,6 +15,7 @@ import (
 // memory is the PSS of a runtime's own processes, in bytes.
 type memory struct {
 	PSS, RSS int64
+	Daemon   int64 // PSS of the daemon alone
 	Procs    int
 }
 
@@ -56,6 +57,9 @@ func (r *runtime) memory() memory {
 		}
 		pss, rss := rollup(pid)
 		m.PSS, m.RSS, m.Procs = m.PSS+pss, m.RSS+rss, m.Procs+1
+		if pid == r.pid() {
+			m.Daemon = pss
+		}
 	}
 	return m
 }

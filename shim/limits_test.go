@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"strconv"
 	"strings"
@@ -441,5 +442,28 @@ func TestNoSpaceForExit(t *testing.T) {
 	}
 	if _, err := n.client.Delete(n.ctx(), "c"); err != nil {
 		t.Error(err)
+	}
+}
+
+// What the daemon is given to survive is not for containers.
+func TestInheritance(t *testing.T) {
+	n := newNode(t)
+	n.stop()
+	n.killAll(n.pids())
+	signal.Ignore(syscall.SIGHUP, syscall.SIGUSR1)
+	defer signal.Reset(syscall.SIGHUP, syscall.SIGUSR1)
+	own, err := os.ReadFile("/proc/self/oom_score_adj")
+	if err != nil {
+		t.Fatal(err)
+	}
+	protected := os.WriteFile("/proc/self/oom_score_adj", []byte("-500"), 0) == nil
+	n.connect()
+	if protected {
+		_ = os.WriteFile("/proc/self/oom_score_adj", own, 0)
+	}
+	n.start(n.spec("c", "sh", "-c", "grep -E 'SigIgn|SigBlk' /proc/self/status; cat /proc/self/oom_score_adj"))
+	n.wait("c")
+	if got := strings.Join(n.lines("c", "stdout"), "|"); got != "SigBlk:\t0000000000000000|SigIgn:\t0000000000000000|0" {
+		t.Errorf("container has %q", got)
 	}
 }

@@ -328,7 +328,7 @@ static void reap(void)
 static int reaper_main(int argc, char **argv)
 {
 	sigset_t set;
-	int sfd, lock;
+	int sfd, lock, sig;
 
 	if (argc < 4) {
 		say("usage: nodeagent-shim reaper STATEDIR EXITDIR [flags]", 0);
@@ -352,6 +352,9 @@ static int reaper_main(int argc, char **argv)
 		say("become subreaper", errno);
 		return 1;
 	}
+	// What our parent ignores is not for containers to ignore.
+	for (sig = 1; sig < NSIG; sig++)
+		signal(sig, SIG_DFL);
 	// Three descriptors a container are kept here.
 	if (getrlimit(RLIMIT_NOFILE, &files) == 0) {
 		struct rlimit all = { files.rlim_max, files.rlim_max };

@@ -49,9 +49,17 @@ func (l *limits) warn(what string, want, got any) {
 	})
 }
 
-// clamp changes p to what is possible.
+// clamp changes p to what is possible. A container that does not say gets the
+// oom_score_adj 0 and not ours, which protects us.
 func (l *limits) clamp(p *specs.Process) {
-	if l.free || p == nil {
+	if p.OOMScoreAdj == nil {
+		zero := 0
+		if !l.free {
+			zero = max(0, l.oomScore)
+		}
+		p.OOMScoreAdj = &zero
+	}
+	if l.free {
 		return
 	}
 	if p.OOMScoreAdj != nil && *p.OOMScoreAdj < l.oomScore {

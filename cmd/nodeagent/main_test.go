@@ -21,6 +21,7 @@ import (
 	"github.com/nodeagent/nodeagent/config"
 	"github.com/nodeagent/nodeagent/cri/images"
 	"github.com/opencontainers/go-digest"
+	"github.com/sirupsen/logrus"
 )
 
 // TestMain makes the test binary answer as nodeagent where the code under
@@ -239,6 +240,19 @@ func TestJournalLines(t *testing.T) {
 	want := "<7>msg=d pod=a\n<6>msg=i pod=a\n<4>msg=w pod=a g.k=1\n<3>msg=\"two\\nlines\" pod=a\n"
 	if got := b.String(); got != want {
 		t.Errorf("got\n%swant\n%s", got, want)
+	}
+}
+
+func TestLibraryLogs(t *testing.T) {
+	var b bytes.Buffer
+	log := newLogger(&b, config.Log{Level: "info", Format: "auto"}, true)
+	entry := logrus.NewEntry(logrus.New()).WithError(errors.New("no space")).WithField("path", "/x")
+	entry.Level, entry.Message = logrus.WarnLevel, "cannot sync"
+	if err := (logrusHook{log}).Fire(entry); err != nil {
+		t.Fatal(err)
+	}
+	if got, want := b.String(), "<4>msg=\"cannot sync\" err=\"no space\" path=/x\n"; got != want {
+		t.Errorf("got %s want %s", got, want)
 	}
 }
 

@@ -40,6 +40,7 @@ for as long as the CRI answers.`,
 			}
 			defer release()
 			log := newLogger(os.Stderr, cfg.Log, os.Getenv("JOURNAL_STREAM") != "")
+			adoptLibraryLogs(log)
 			stop := startNotifier(cmd.Context(), cfg.CRI.Socket, log)
 			defer stop()
 			return runDaemon(cmd.Context(), cfg, log)

@@ -119,6 +119,7 @@ func (b *bench) climb(ctx context.Context, r *runtime) (err error) {
 	r.figures.set("memory (PSS), 0 pods", "MB", mb(zero.PSS))
 	r.figures.set("memory (RSS), 0 pods", "MB", mb(zero.RSS))
 	r.figures.set("memory (PSS) of the daemon, 0 pods", "MB", mb(zero.Daemon))
+	var first memory // with the first pods: what any pod needs is in memory then
 	for _, n := range b.ladder {
 		before := r.cpu()
 		more, err := b.startMany(ctx, r, b.idler(), n-len(pods), 4)
@@ -135,7 +136,11 @@ func (b *bench) climb(ctx context.Context, r *runtime) (err error) {
 		r.figures.set(fmt.Sprintf("memory (PSS), %d pods", n), "MB", mb(m.PSS))
 		r.figures.set(fmt.Sprintf("memory (RSS), %d pods", n), "MB", mb(m.RSS))
 		r.figures.set(fmt.Sprintf("processes, %d pods", n), "", float64(m.Procs))
-		r.figures.set(fmt.Sprintf("memory per pod, %d pods", n), "MB", mb(m.PSS-zero.PSS)/float64(n))
+		if first.Procs == 0 {
+			first = m
+		} else {
+			r.figures.set("memory per additional pod", "MB", mb(m.PSS-first.PSS)/float64(n-b.ladder[0]))
+		}
 		if n == idleAt || (b.quick && n == b.ladder[len(b.ladder)-1]) {
 			if err := b.atRest(ctx, r, pods[0]); err != nil {
 				return err

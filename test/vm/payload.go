@@ -8,6 +8,8 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+
+	"github.com/nodeagent/nodeagent/test/images"
 )
 
 //go:embed run.sh
@@ -120,10 +122,36 @@ func writePayload(ctx context.Context, out string, o options, steps []step) erro
 			return err
 		}
 	}
+	if err := writeImage(ctx, dir); err != nil {
+		return fmt.Errorf("make the test image: %w", err)
+	}
 	if err := command(ctx, "tar", "-C", dir, "-cf", out, "."); err != nil {
 		return err
 	}
 	return os.RemoveAll(dir)
+}
+
+// writeImage makes image.tar in dir, of the host's busybox and the test tool.
+func writeImage(ctx context.Context, dir string) error {
+	entries, err := images.Busybox(ctx, images.DefaultBusybox)
+	if err != nil {
+		return err
+	}
+	entries = append(entries, images.Executable("bin/testtool", filepath.Join(dir, "testtool")))
+	layer, err := images.NewLayer(images.None, entries...)
+	if err != nil {
+		return err
+	}
+	img, err := images.New(images.Config{Env: []string{"PATH=/bin:/sbin:/usr/bin:/usr/sbin"}, Cmd: []string{"sh"}}, layer)
+	if err != nil {
+		return err
+	}
+	f, err := os.Create(filepath.Join(dir, "image.tar"))
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	return images.WriteArchive(f, map[string]images.Artifact{"example.test/busybox:1": img})
 }
 
 // previous is the package of the last build that passed here, if there is one.

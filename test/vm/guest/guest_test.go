@@ -15,14 +15,13 @@ import (
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/nodeagent/nodeagent/test/e2e/node"
-	"github.com/nodeagent/nodeagent/test/images"
 )
 
 const (
 	payload  = "/payload"
 	socket   = "/run/nodeagent/nodeagent.sock"
-	image    = "example.test/busybox:1"
-	patience = 60 * time.Second // qemu emulates the CPU
+	image    = "example.test/busybox:1" // test/vm makes it
+	patience = 60 * time.Second         // qemu emulates the CPU
 )
 
 // machine skips a test outside the virtual machine.
@@ -108,28 +107,10 @@ func runtime(t testing.TB) runtimeapi.RuntimeServiceClient {
 	return runtimeapi.NewRuntimeServiceClient(conn)
 }
 
-// importImage gives the service an image of busybox and the test tool.
+// importImage gives the service the image of the payload.
 func importImage(t testing.TB) {
 	t.Helper()
-	entries, err := images.Busybox(context.Background(), images.DefaultBusybox)
-	if err != nil {
-		t.Fatal(err)
-	}
-	entries = append(entries, images.Executable("bin/testtool", filepath.Join(payload, "testtool")))
-	img, err := images.Build(images.Config{Env: []string{"PATH=/bin:/sbin:/usr/bin:/usr/sbin"}, Cmd: []string{"sh"}}, entries...)
-	if err != nil {
-		t.Fatal(err)
-	}
-	path := filepath.Join(t.TempDir(), "image.tar")
-	f, err := os.Create(path)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := images.WriteArchive(f, map[string]images.Artifact{image: img}); err != nil {
-		t.Fatal(err)
-	}
-	f.Close()
-	command(t, "nodeagent", "image", "import", path)
+	command(t, "nodeagent", "image", "import", filepath.Join(payload, "image.tar"))
 }
 
 // pod is a pod with one container.
@@ -170,11 +151,6 @@ func tryRun(t testing.TB, name, script string, res *runtimeapi.LinuxContainerRes
 		Metadata: &runtimeapi.PodSandboxMetadata{Name: name, Namespace: "guest", Uid: "uid-" + name}, LogDirectory: logDir,
 		Linux: &runtimeapi.LinuxPodSandboxConfig{CgroupParent: parent, SecurityContext: &runtimeapi.LinuxSandboxSecurityContext{NamespaceOptions: ns}},
 	}
-	made, err := p.rt.RunPodSandbox(ctx, &runtimeapi.RunPodSandboxRequest{Config: p.config})
-	if err != nil {
-		return nil, fmt.Errorf("RunPodSandbox: %w", err)
-	}
-	p.id = made.PodSandboxId
 	cfg := &runtimeapi.ContainerConfig{
 		Metadata: &runtimeapi.ContainerMetadata{Name: "c"}, Image: &runtimeapi.ImageSpec{Image: image},
 		Command: []string{"sh", "-c", script}, LogPath: name + ".log",
@@ -183,6 +159,12 @@ func tryRun(t testing.TB, name, script string, res *runtimeapi.LinuxContainerRes
 	if change != nil {
 		change(cfg)
 	}
+	p.config.Linux.SecurityContext.Privileged = cfg.Linux.SecurityContext.Privileged
+	made, err := p.rt.RunPodSandbox(ctx, &runtimeapi.RunPodSandboxRequest{Config: p.config})
+	if err != nil {
+		return nil, fmt.Errorf("RunPodSandbox: %w", err)
+	}
+	p.id = made.PodSandboxId
 	created, err := p.rt.CreateContainer(ctx, &runtimeapi.CreateContainerRequest{PodSandboxId: p.id, Config: cfg, SandboxConfig: p.config})
 	if err != nil {
 		return p, fmt.Errorf("CreateContainer: %w", err)

@@ -57,6 +57,14 @@ func (s *Server) useSeccomp(p *configs.Seccomp) {
 	}
 }
 
+// A container's scope is stopped by systemd only when the host goes down. A
+// first process without a handler ignores SIGTERM, and the default patience of
+// 90 s would then be every reboot's. The form is libcontainer's, in microseconds.
+const (
+	stopTimeout   = "org.systemd.property.TimeoutStopUSec"
+	scopePatience = "uint64 10000000"
+)
+
 // config turns a request into libcontainer's configuration and its process.
 func (s *Server) config(req *api.StartRequest) (*configs.Config, *specs.Process, error) {
 	var spec specs.Spec
@@ -77,6 +85,12 @@ func (s *Server) config(req *api.StartRequest) (*configs.Config, *specs.Process,
 		return nil, nil, err
 	}
 	s.useSeccomp(profile)
+	if req.SystemdCgroup {
+		if spec.Annotations == nil {
+			spec.Annotations = map[string]string{}
+		}
+		spec.Annotations[stopTimeout] = scopePatience
+	}
 	cfg, err := specconv.CreateLibcontainerConfig(&specconv.CreateOpts{
 		CgroupName:       req.Id,
 		UseSystemdCgroup: req.SystemdCgroup,

@@ -325,6 +325,21 @@ static void reap(void)
 	}
 }
 
+// systemd-shutdown(8) has become process 1: all else of the host has been
+// stopped, and it waits 90 s for each process that does not heed its SIGTERM.
+static int host_goes_down(void)
+{
+	char comm[32] = "";
+	int fd = open("/proc/1/comm", O_RDONLY | O_CLOEXEC);
+
+	if (fd < 0)
+		return 0;
+	if (read(fd, comm, sizeof(comm) - 1) < 0)
+		comm[0] = 0;
+	close(fd);
+	return strncmp(comm, "systemd-shutdow", 15) == 0;
+}
+
 static int reaper_main(int argc, char **argv)
 {
 	sigset_t set;
@@ -393,7 +408,8 @@ static int reaper_main(int argc, char **argv)
 		if (poll(p, 2, timeout) < 0 && errno != EINTR)
 			say("poll", errno);
 		while (read(sfd, &si, sizeof(si)) > 0)
-			;
+			if (si.ssi_signo == SIGTERM && si.ssi_pid == 1 && host_goes_down())
+				return 0;
 		if (sock >= 0 && (p[1].revents & (POLLIN | POLLHUP)) && !receive()) {
 			close(sock);
 			sock = -1;

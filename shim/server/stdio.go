@@ -267,6 +267,7 @@ func (s *Server) pump(c *container, stream criolog.Stream, f *os.File) {
 	if err != nil {
 		return
 	}
+	said := ""
 	for {
 		var n int
 		var terr error
@@ -278,7 +279,10 @@ func (s *Server) pump(c *container, stream criolog.Stream, f *os.File) {
 		case rerr != nil, errors.Is(terr, os.ErrClosed):
 			return
 		case terr != nil:
-			s.cfg.Log.Error("move output to log; trying again", "container", c.id, "stream", stream, "err", terr)
+			if said != terr.Error() {
+				said = terr.Error()
+				s.cfg.Log.Error("move output to log; trying again", "container", c.id, "stream", stream, "err", terr)
+			}
 			select {
 			case <-c.gone:
 				return
@@ -312,8 +316,15 @@ func (s *Server) pumpTerminal(c *container) {
 			n, serr = move.splice(int(fd))
 			return serr != unix.EAGAIN
 		})
-		if rerr != nil || serr != nil || n == 0 {
+		switch {
+		case rerr != nil, serr == unix.EIO, serr == nil && n == 0:
 			return // EIO: nobody has the terminal open any more
+		case serr != nil:
+			select {
+			case <-c.gone:
+				return
+			case <-time.After(100 * time.Millisecond):
+			}
 		}
 	}
 }

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"log/slog"
 	"runtime/debug"
+	"slices"
+	"syscall"
 	"time"
 
 	"github.com/containerd/errdefs"
@@ -35,7 +37,7 @@ func code(err error) codes.Code {
 		return codes.Unavailable
 	case errdefs.IsNotImplemented(err):
 		return codes.Unimplemented
-	case errdefs.IsResourceExhausted(err):
+	case errdefs.IsResourceExhausted(err) || exhausted(err):
 		return codes.ResourceExhausted
 	case errdefs.IsPermissionDenied(err):
 		return codes.PermissionDenied
@@ -49,21 +51,23 @@ func code(err error) codes.Code {
 		return codes.Aborted
 	}
 	var s interface{ GRPCStatus() *status.Status }
-	if errors.As(err, &s) {
+	if errors.As(err, &s) && s.GRPCStatus().Code() != codes.Unknown {
 		return s.GRPCStatus().Code()
 	}
-	return codes.Unknown
+	return codes.Internal
+}
+
+// exhausted: the kernel says that the host has no more of something.
+func exhausted(err error) bool {
+	return slices.ContainsFunc([]syscall.Errno{syscall.ENOSPC, syscall.EDQUOT, syscall.EMFILE, syscall.ENFILE, syscall.ENOMEM},
+		func(n syscall.Errno) bool { return errors.Is(err, n) })
 }
 
 func toGRPC(err error) error {
 	if err == nil {
 		return nil
 	}
-	c := code(err)
-	if c == codes.Unknown {
-		c = codes.Internal
-	}
-	return status.Error(c, err.Error())
+	return status.Error(code(err), err.Error())
 }
 
 // edge turns errors and panics of handlers into gRPC answers and logs them.

@@ -5,8 +5,10 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
@@ -36,6 +38,10 @@ func TestCodes(t *testing.T) {
 		{fmt.Errorf("x: %w", errdefs.ErrDataLoss), codes.DataLoss},
 		{fmt.Errorf("x: %w", errdefs.ErrUnavailable), codes.Unavailable},
 		{status.Error(codes.Aborted, "theirs"), codes.Aborted},
+		{status.Error(codes.Unknown, "theirs, without a class"), codes.Internal},
+		{fmt.Errorf("record sandbox: %w", syscall.ENOSPC), codes.ResourceExhausted},
+		{&fs.PathError{Op: "open", Path: "/x", Err: syscall.EMFILE}, codes.ResourceExhausted},
+		{&fs.PathError{Op: "open", Path: "/x", Err: syscall.EIO}, codes.Internal},
 		{errors.New("anything"), codes.Internal},
 	} {
 		got := toGRPC(tc.err)

@@ -41,7 +41,7 @@ StandardInput=null
 TasksMax=infinity
 LimitNOFILE=1048576
 Environment=HOME=/root PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin
-ExecStart=/bin/sh -c 'exec >/dev/virtio-ports/results 2>&1; mkdir -p /payload; [ -e /payload/steps ] || tar -xf /dev/vdb -C /payload; exec sh /payload/run.sh'
+ExecStart=/bin/sh -c 'until [ -e /dev/virtio-ports/results ]; do sleep 0.1; done; exec >/dev/virtio-ports/results 2>&1; mkdir -p /payload; [ -e /payload/steps ] || tar -xf /dev/vdb -C /payload; exec sh /payload/run.sh'
 `
 
 // writeBoot makes what is added to the image's initramfs at each run, in the

@@ -91,7 +91,8 @@ func TestNamesWithEveryByte(t *testing.T) {
 func TestOutputWithoutReader(t *testing.T) {
 	p := runPod(t)
 	yes := script("exec yes 0123456789012345678901234567890123456789")
-	logged := p.run(t, yes)
+	// Bounded: the disk is the kubelet's to watch, by rotating.
+	logged := p.run(t, script("yes 0123456789012345678901234567890123456789 | head -c 60000000; sleep 1000"))
 	silent := p.run(t, yes, func(c *runtimeapi.ContainerConfig) { c.LogPath = "" })
 	r, err := shared.Runtime().Attach(callCtx(t), &runtimeapi.AttachRequest{ContainerId: silent.id, Stdout: true})
 	if err != nil {

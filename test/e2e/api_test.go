@@ -2,9 +2,11 @@ package e2e
 
 import (
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"strings"
 	"sync"
 	"testing"
@@ -250,18 +252,8 @@ func TestLists(t *testing.T) {
 			ids = append(ids, s.Id)
 		}
 		st, err := shared.Runtime().StreamPodSandboxes(callCtx(t), &runtimeapi.StreamPodSandboxesRequest{Filter: f})
-		if err != nil {
-			t.Fatal(err)
-		}
 		var streamed []string
-		for {
-			m, err := st.Recv()
-			if errors.Is(err, io.EOF) {
-				break
-			}
-			if err != nil {
-				t.Fatalf("StreamPodSandboxes: %v", err)
-			}
+		for _, m := range received(t, st, err) {
 			for _, s := range m.PodSandboxes {
 				streamed = append(streamed, s.Id)
 			}
@@ -279,18 +271,8 @@ func TestLists(t *testing.T) {
 			ids = append(ids, c.Id)
 		}
 		st, err := shared.Runtime().StreamContainers(callCtx(t), &runtimeapi.StreamContainersRequest{Filter: f})
-		if err != nil {
-			t.Fatal(err)
-		}
 		n := 0
-		for {
-			m, err := st.Recv()
-			if errors.Is(err, io.EOF) {
-				break
-			}
-			if err != nil {
-				t.Fatalf("StreamContainers: %v", err)
-			}
+		for _, m := range received(t, st, err) {
 			n += len(m.Containers)
 		}
 		equal(t, "length of the streamed list", n, len(ids))
@@ -381,4 +363,101 @@ func TestEvents(t *testing.T) {
 		}
 	}
 	equal(t, "events", strings.Join(got, " "), "CONTAINER_CREATED_EVENT CONTAINER_STARTED_EVENT CONTAINER_STOPPED_EVENT CONTAINER_DELETED_EVENT")
+}
+
+// received reads a streamed list to its end.
+func received[T any](t testing.TB, s grpc.ServerStreamingClient[T], err error) (all []*T) {
+	t.Helper()
+	for err == nil {
+		var m *T
+		if m, err = s.Recv(); err == nil {
+			all = append(all, m)
+		}
+	}
+	if !errors.Is(err, io.EOF) {
+		t.Fatal(err)
+	}
+	return all
+}
+
+// TestStreamedLists: images, pod stats and metrics in pieces are those of the
+// lists in one.
+func TestStreamedLists(t *testing.T) {
+	p := runPod(t)
+	p.run(t)
+	ctx, rs := callCtx(t), shared.Runtime()
+
+	list, err := shared.Images().ListImages(ctx, &runtimeapi.ListImagesRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var want, got []string
+	for _, i := range list.Images {
+		want = append(want, i.Id)
+	}
+	is, err := shared.Images().StreamImages(ctx, &runtimeapi.StreamImagesRequest{})
+	for _, m := range received(t, is, err) {
+		for _, i := range m.Images {
+			got = append(got, i.Id)
+		}
+	}
+	equal(t, "images", strings.Join(got, " "), strings.Join(want, " "))
+
+	got = nil
+	ss, err := rs.StreamPodSandboxStats(ctx, &runtimeapi.StreamPodSandboxStatsRequest{Filter: &runtimeapi.PodSandboxStatsFilter{Id: p.id}})
+	for _, m := range received(t, ss, err) {
+		for _, s := range m.PodSandboxStats {
+			got = append(got, s.Attributes.Id)
+		}
+	}
+	equal(t, "pod stats", strings.Join(got, " "), p.id)
+
+	metrics := 0
+	ms, err := rs.StreamPodSandboxMetrics(ctx, &runtimeapi.StreamPodSandboxMetricsRequest{})
+	for _, m := range received(t, ms, err) {
+		for _, pm := range m.PodSandboxMetrics {
+			if pm.PodSandboxId == p.id {
+				metrics += len(pm.Metrics) + len(pm.ContainerMetrics)
+			}
+		}
+	}
+	if metrics == 0 {
+		t.Error("no metrics of the pod in the stream")
+	}
+}
+
+// TestVerboseStatus: the verbose statuses say what crictl inspect shows.
+func TestVerboseStatus(t *testing.T) {
+	p := runPod(t)
+	c := p.run(t)
+	info := func(m map[string]string) (v map[string]any) {
+		t.Helper()
+		if err := json.Unmarshal([]byte(m["info"]), &v); err != nil {
+			t.Fatalf("info %q: %v", m["info"], err)
+		}
+		return v
+	}
+	cs, err := shared.Runtime().ContainerStatus(callCtx(t), &runtimeapi.ContainerStatusRequest{ContainerId: c.id, Verbose: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ci := info(cs.Info)
+	equal(t, "sandbox", ci["sandboxID"], any(p.id))
+	pid := fmt.Sprint(ci["pid"])
+	if cg, err := os.ReadFile("/proc/" + pid + "/cgroup"); err != nil || !strings.Contains(string(cg), c.id) {
+		t.Errorf("pid %s is not the container's: %q, %v", pid, cg, err)
+	}
+	if s, ok := ci["runtimeSpec"].(map[string]any); !ok || s["process"] == nil || s["linux"] == nil {
+		t.Errorf("runtimeSpec %v", ci["runtimeSpec"])
+	}
+	ps, err := shared.Runtime().PodSandboxStatus(callCtx(t), &runtimeapi.PodSandboxStatusRequest{PodSandboxId: p.id, Verbose: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	pi := info(ps.Info)
+	equal(t, "namespace is closed", pi["netNsClosed"], any(false))
+	if ns, _ := pi["netNs"].(string); ns == "" {
+		t.Errorf("netNs %v", pi["netNs"])
+	}
+	equal(t, "container in the pod's status", len(ps.ContainersStatuses), 1)
 }

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/grpc/codes"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
@@ -229,9 +230,13 @@ func TestLogReopen(t *testing.T) {
 	if len(c.lines(t)) == 0 {
 		t.Error("nothing was written to the new file")
 	}
+	if err := os.Remove(c.logPath()); err != nil {
+		t.Fatal(err)
+	}
 	_, err = p.node.Runtime().ReopenContainerLog(callCtx(t), &runtimeapi.ReopenContainerLogRequest{ContainerId: c.id})
-	if err == nil {
-		t.Error("ReopenContainerLog of an exited container succeeded")
+	wantCode(t, "reopening the log of an exited container", err, codes.FailedPrecondition)
+	if _, err := os.Stat(c.logPath()); err == nil {
+		t.Error("a refused ReopenContainerLog made the file")
 	}
 }
 

@@ -12,6 +12,7 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/grpc/codes"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/nodeagent/nodeagent/test/e2e/node"
@@ -105,18 +106,19 @@ func TestPortMappings(t *testing.T) {
 		defer l.Close()
 		return int32(l.Addr().(*net.TCPAddr).Port)
 	}
-	any, local, udp := free("tcp"), free("tcp"), free("udp")
+	any, local, six, udp := free("tcp"), free("tcp"), free("tcp"), free("udp")
 	p := runPod(t, func(c *runtimeapi.PodSandboxConfig) {
 		c.Hostname = "mapped"
 		c.PortMappings = []*runtimeapi.PortMapping{
 			{ContainerPort: 8080, HostPort: any},
 			{ContainerPort: 8080, HostPort: local, HostIp: "127.0.0.1"},
+			{ContainerPort: 8080, HostPort: six, HostIp: "::1"},
 			{ContainerPort: 9000, HostPort: udp, Protocol: runtimeapi.Protocol_UDP},
 			{ContainerPort: 7000}, // only informs
 		}
 	})
 	p.run(t, echoServer(8080))
-	for _, addr := range []string{fmt.Sprintf("127.0.0.1:%d", any), fmt.Sprintf("[::1]:%d", any), fmt.Sprintf("127.0.0.1:%d", local)} {
+	for _, addr := range []string{fmt.Sprintf("127.0.0.1:%d", any), fmt.Sprintf("[::1]:%d", any), fmt.Sprintf("127.0.0.1:%d", local), fmt.Sprintf("[::1]:%d", six)} {
 		eventually(t, 5*time.Second, func() error {
 			got, err := dialEcho(addr)
 			if err == nil && got != "hello-mapped" {
@@ -127,6 +129,9 @@ func TestPortMappings(t *testing.T) {
 			}
 			return err
 		})
+	}
+	if got, err := dialEcho(fmt.Sprintf("127.0.0.1:%d", six)); err == nil {
+		t.Errorf("a port mapped on ::1 answers %q on 127.0.0.1", got)
 	}
 	v4, _ := p.ips(t)
 	if host := hostAddr(v4); host != "" {
@@ -217,5 +222,67 @@ func TestCNIConflist(t *testing.T) {
 		if !c.Status {
 			t.Errorf("condition %s is false: %s %s", c.Type, c.Reason, c.Message)
 		}
+	}
+}
+
+// TestUpdateRuntimeConfig: the kubelet's pod CIDR counts at once and after a
+// restart.
+func TestUpdateRuntimeConfig(t *testing.T) {
+	n := ownNode(t, nil)
+	set := func(cidr string) error {
+		_, err := n.Runtime().UpdateRuntimeConfig(callCtx(t), &runtimeapi.UpdateRuntimeConfigRequest{
+			RuntimeConfig: &runtimeapi.RuntimeConfig{NetworkConfig: &runtimeapi.NetworkConfig{PodCidr: cidr}},
+		})
+		return err
+	}
+	for _, bad := range []string{"nonsense", "10.0.0.0/33", "10.231.7.0/24,"} {
+		wantCode(t, bad, set(bad), codes.InvalidArgument)
+	}
+	if err := set("10.231.7.0/24"); err != nil {
+		t.Fatal(err)
+	}
+	for _, when := range []string{"at once", "after a restart"} {
+		p := runPodOn(t, n, podConfig(t))
+		if v4, _ := p.ips(t); !netip.MustParsePrefix("10.231.7.0/24").Contains(v4) {
+			t.Errorf("%s: pod IP %v", when, v4)
+		}
+		p.remove(t)
+		if err := n.Stop(); err != nil {
+			t.Fatal(err)
+		}
+		if err := n.Up(callCtx(t)); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestNetworkFails: a pod that cannot be connected is refused with the plugin's
+// own words, and leaves nothing.
+func TestNetworkFails(t *testing.T) {
+	dir := hostDir(t, "cnifails")
+	bin := filepath.Join(dir, "bin")
+	if err := os.MkdirAll(bin, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	writeFile(t, filepath.Join(dir, "10-fails.conflist"), `{"cniVersion":"1.0.0","name":"fails","plugins":[{"type":"refuser"}]}`)
+	writeFile(t, filepath.Join(bin, "refuser"), `#!/bin/sh
+case $CNI_COMMAND in
+ADD) echo '{"cniVersion":"1.0.0","code":11,"msg":"the switch is on fire"}'; exit 1;;
+VERSION) echo '{"cniVersion":"1.0.0","supportedVersions":["1.0.0"]}';;
+esac
+`)
+	if err := os.Chmod(filepath.Join(bin, "refuser"), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	n := ownNode(t, func(c *node.Config) {
+		c.CNIConfDir = dir
+		c.Extra = fmt.Sprintf("  cniBinDirs: [%q]", bin)
+	})
+	before := n.Settled()
+	_, err := n.Runtime().RunPodSandbox(callCtx(t), &runtimeapi.RunPodSandboxRequest{Config: podConfig(t)})
+	wantCode(t, "a network that fails", err, codes.Unavailable)
+	contains(t, "error", fmt.Sprint(err), "the switch is on fire")
+	if l := n.WaitNoLeaks(before, 5*time.Second); l != "" {
+		t.Errorf("left behind:\n%s", l)
 	}
 }

@@ -10,6 +10,7 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/grpc/codes"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
 	"github.com/nodeagent/nodeagent/test/e2e/node"
@@ -74,12 +75,6 @@ func TestResources(t *testing.T) {
 	}
 	late.start(t)
 	equal(t, "limit set before start", cgroupValue(t, late, "memory.limit_in_bytes", "memory.max"), fmt.Sprint(32<<20))
-
-	if _, err := shared.Runtime().UpdatePodSandboxResources(callCtx(t), &runtimeapi.UpdatePodSandboxResourcesRequest{
-		PodSandboxId: p.id, Overhead: &runtimeapi.LinuxContainerResources{}, Resources: &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: 512 << 20},
-	}); err != nil {
-		t.Errorf("UpdatePodSandboxResources: %v", err)
-	}
 }
 
 func TestOOMKilled(t *testing.T) {
@@ -302,4 +297,59 @@ func (p *pod) list(t testing.TB) []*runtimeapi.Container {
 		t.Fatalf("ListContainers: %v", err)
 	}
 	return r.Containers
+}
+
+// podCgroupValue reads a file of the pod's own cgroup.
+func podCgroupValue(t testing.TB, p *pod, v1, v2 string) string {
+	t.Helper()
+	for _, root := range node.CgroupRoots() {
+		for _, name := range []string{v1, v2} {
+			if b, err := os.ReadFile(filepath.Join(root, p.config.Linux.CgroupParent, name)); err == nil {
+				return strings.TrimSpace(string(b))
+			}
+		}
+	}
+	t.Fatalf("no file %s or %s in cgroup %s", v1, v2, p.config.Linux.CgroupParent)
+	return ""
+}
+
+// TestPodResources: a pod's own cgroup allows what its containers may use
+// together, and the overhead.
+func TestPodResources(t *testing.T) {
+	p := runPod(t, func(c *runtimeapi.PodSandboxConfig) {
+		c.Linux.Resources = &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: 64 << 20, CpuPeriod: 100000, CpuQuota: 50000}
+		c.Linux.Overhead = &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: 16 << 20, CpuPeriod: 100000, CpuQuota: 10000}
+	})
+	limits := func(when string, memory int, quota string) {
+		t.Helper()
+		equal(t, "memory limit "+when, podCgroupValue(t, p, "memory.limit_in_bytes", "memory.max"), fmt.Sprint(memory))
+		equal(t, "quota "+when, strings.Fields(podCgroupValue(t, p, "cpu.cfs_quota_us", "cpu.max"))[0], quota)
+	}
+	limits("at first", 80<<20, "60000")
+	p.run(t)
+	update := func(o, r *runtimeapi.LinuxContainerResources) error {
+		_, err := shared.Runtime().UpdatePodSandboxResources(callCtx(t), &runtimeapi.UpdatePodSandboxResourcesRequest{PodSandboxId: p.id, Overhead: o, Resources: r})
+		return err
+	}
+	if err := update(nil, &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: 128 << 20, CpuPeriod: 100000, CpuQuota: 70000}); err != nil {
+		t.Fatalf("UpdatePodSandboxResources: %v", err)
+	}
+	limits("after the update", 144<<20, "80000")
+	wantCode(t, "a quota of nothing", update(nil, &runtimeapi.LinuxContainerResources{CpuPeriod: 1}), codes.InvalidArgument)
+	limits("after a refused update", 144<<20, "80000")
+}
+
+func TestHugepages(t *testing.T) {
+	if _, err := os.Stat("/sys/kernel/mm/hugepages/hugepages-2048kB"); err != nil {
+		t.Skip("no pages of 2 MB")
+	}
+	p := runPod(t)
+	c, err := p.tryCreate(callCtx(t), resources(&runtimeapi.LinuxContainerResources{HugepageLimits: []*runtimeapi.HugepageLimit{{PageSize: "2MB", Limit: 4 << 20}}}))
+	if err != nil {
+		wantCode(t, "huge pages without their controller", err, codes.FailedPrecondition)
+		return
+	}
+	c.start(t)
+	equal(t, "limit", cgroupValue(t, c, "hugetlb.2MB.limit_in_bytes", "hugetlb.2MB.max"), fmt.Sprint(4<<20))
+	equal(t, "in status", c.status(t).Resources.Linux.HugepageLimits[0].Limit, 4<<20)
 }

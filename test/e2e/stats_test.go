@@ -3,7 +3,6 @@ package e2e
 import (
 	"errors"
 	"fmt"
-	"io"
 	"slices"
 	"strings"
 	"testing"
@@ -51,18 +50,8 @@ func TestContainerStats(t *testing.T) {
 		t.Errorf("list by sandbox: %v, %v", l, err)
 	}
 	st, err := shared.Runtime().StreamContainerStats(callCtx(t), &runtimeapi.StreamContainerStatsRequest{Filter: &runtimeapi.ContainerStatsFilter{PodSandboxId: p.id}})
-	if err != nil {
-		t.Fatal(err)
-	}
 	n := 0
-	for {
-		m, err := st.Recv()
-		if errors.Is(err, io.EOF) {
-			break
-		}
-		if err != nil {
-			t.Fatalf("StreamContainerStats: %v", err)
-		}
+	for _, m := range received(t, st, err) {
 		n += len(m.ContainerStats)
 	}
 	equal(t, "streamed stats", n, 1)

@@ -47,6 +47,7 @@ type Config struct {
 	CRI     CRI     `yaml:"cri" doc:"The container runtime interface: how pods and containers are run."`
 	Images  Images  `yaml:"images" doc:"Where images come from and how they are fetched."`
 	Network Network `yaml:"network" doc:"How pods get their addresses."`
+	Policy  Policy  `yaml:"policy" doc:"NetworkPolicy, enforced with eBPF on pod interfaces and NICs."`
 	Metrics Metrics `yaml:"metrics" doc:"Measurements of the daemon and the pods, for Prometheus."`
 }
 
@@ -95,6 +96,18 @@ type Network struct {
 	WarmNamespaces int            `yaml:"warmNamespaces" doc:"Wired network namespaces kept ready, so that a pod starts faster."`
 }
 
+// Policy configures how NetworkPolicy is enforced.
+type Policy struct {
+	Mode            string         `yaml:"mode" allowed:"off,enforce" doc:"enforce: no pod starts before its policy is in force. off: nothing is loaded; what an earlier daemon attached is not removed."`
+	Dir             string         `yaml:"dir" doc:"Directory with NetworkPolicies, Namespaces and Pods (labels, named ports) as YAML; watched."`
+	BPFFS           string         `yaml:"bpffs" doc:"BPF filesystem for what has to survive the daemon; mounted there if it is not."`
+	Uplinks         []string       `yaml:"uplinks" doc:"Patterns of the names of the host's NICs. Empty: those of the default routes."`
+	ServiceCIDRs    []netip.Prefix `yaml:"serviceCIDRs" doc:"Ranges of service addresses. Egress to them is judged by the pod that the connection is translated to."`
+	AuditNamespaces []string       `yaml:"auditNamespaces" doc:"Namespaces whose pods' packets are judged and told of, but not dropped."`
+	KeepEstablished bool           `yaml:"keepEstablished" doc:"Connections go on when a policy no longer allows them. Otherwise they are cut at once."`
+	Strict          bool           `yaml:"strict" doc:"A TCP answer needs an entry in conntrack; otherwise the right to open the connection is enough."`
+}
+
 // Metrics configures the Prometheus endpoint.
 type Metrics struct {
 	Address string `yaml:"address" doc:"host:port to serve /metrics on; empty: not served."`
@@ -138,6 +151,14 @@ func defaults() Config {
 			PodCIDRs:       []netip.Prefix{},
 			Masquerade:     true,
 			WarmNamespaces: 4,
+		},
+		Policy: Policy{
+			Mode:            "off",
+			Dir:             "/etc/nodeagent/policy",
+			BPFFS:           "/sys/fs/bpf",
+			Uplinks:         []string{},
+			ServiceCIDRs:    []netip.Prefix{},
+			AuditNamespaces: []string{},
 		},
 	}
 }

@@ -55,6 +55,13 @@ func (c Config) faults() []Fault {
 	v.cri(c.CRI)
 	v.images(c.Images)
 	v.network(c.Network)
+	v.absolute("policy.dir", c.Policy.Dir)
+	v.absolute("policy.bpffs", c.Policy.BPFFS)
+	for i, pattern := range c.Policy.Uplinks {
+		if _, err := filepath.Match(pattern, ""); err != nil || pattern == "" {
+			v.add(fmt.Sprintf("policy.uplinks[%d]", i), "%q is no pattern of names", pattern)
+		}
+	}
 	if c.Metrics.Address != "" {
 		v.hostPort("metrics.address", c.Metrics.Address)
 	}

@@ -123,6 +123,7 @@ type NetworkRequest struct {
 	SandboxID, PodNamespace, PodName, PodUID string
 	Netns                                    string
 	Ports                                    []PortMapping
+	Labels                                   map[string]string // of the pod
 	Annotations                              map[string]string
 	CgroupParent                             string
 	DNS                                      DNS

@@ -115,7 +115,7 @@ func (s *Server) networkRequest(r *store.Sandbox) NetworkRequest {
 	m, c := r.Config.GetMetadata(), r.Config
 	req := NetworkRequest{
 		SandboxID: r.ID, PodNamespace: m.GetNamespace(), PodName: m.GetName(), PodUID: m.GetUid(),
-		Netns: r.Namespaces.Net, Annotations: c.GetAnnotations(), CgroupParent: r.CgroupParent,
+		Netns: r.Namespaces.Net, Labels: c.GetLabels(), Annotations: c.GetAnnotations(), CgroupParent: r.CgroupParent,
 		DNS: DNS{c.GetDnsConfig().GetServers(), c.GetDnsConfig().GetSearches(), c.GetDnsConfig().GetOptions()},
 	}
 	for _, p := range c.GetPortMappings() {

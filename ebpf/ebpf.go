@@ -77,9 +77,10 @@ type Pod struct {
 
 // Engine enforces.
 type Engine struct {
-	cfg   Config
-	calls chan call
-	ended chan struct{}
+	cfg    Config
+	calls  chan call
+	sample chan flows.Event // for the self-check
+	ended  chan struct{}
 
 	mu          sync.Mutex // guards what follows
 	subscribers map[chan Flow]bool
@@ -124,7 +125,7 @@ func New(cfg Config) (*Engine, error) {
 		return nil, err
 	}
 	cfg.Datapath.Log = cfg.Log
-	return &Engine{cfg: cfg, calls: make(chan call), ended: make(chan struct{}), subscribers: map[chan Flow]bool{}, names: map[uint32]objects.PodKey{}}, nil
+	return &Engine{cfg: cfg, calls: make(chan call), sample: make(chan flows.Event, 1), ended: make(chan struct{}), subscribers: map[chan Flow]bool{}, names: map[uint32]objects.PodKey{}}, nil
 }
 
 // Run loads the programs and enforces until ctx ends. What is attached stays.
@@ -180,6 +181,7 @@ func (e *Engine) loop(ctx context.Context, s *state, failed <-chan error) error 
 			return err
 		case <-tick.C:
 			s.settle()
+			s.selfCheck(e.sample)
 			continue
 		case c := <-e.calls:
 			batch = append(batch, c)
@@ -263,14 +265,15 @@ func (e *Engine) hostChanged(ctx context.Context, h host) {
 
 // Status is what the engine is doing.
 type Status struct {
-	Ready     bool // enforces: it knows the objects and the live pods
-	Pods      int
-	Uplinks   []string
-	Faults    map[objects.PodKey][]string // what of a policy cannot be used
-	Problems  []string                    // what is denied for want of room
-	Tables    policy.Stats
-	Counters  []datapath.Counter
-	LastApply time.Duration // from a change's arrival to its enforcement, the latest
+	Ready          bool // enforces: it knows the objects and the live pods
+	Pods           int
+	Uplinks        []string
+	Faults         map[objects.PodKey][]string // what of a policy cannot be used
+	Problems       []string                    // what is denied for want of room
+	Tables         policy.Stats
+	Counters       []datapath.Counter
+	Checked, Drift uint64        // flows that the self-check judged, and on which program and reference differed
+	LastApply      time.Duration // from a change's arrival to its enforcement, the latest
 }
 
 // Status asks.
@@ -320,6 +323,10 @@ func (e *Engine) Subscribe(ctx context.Context) <-chan Flow {
 }
 
 func (e *Engine) tell(ev flows.Event) {
+	select {
+	case e.sample <- ev:
+	default:
+	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
 	for ch := range e.subscribers {

@@ -4,6 +4,7 @@ package ebpf
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/netip"
 	"time"
@@ -26,8 +27,28 @@ type hostLink struct {
 }
 
 // watchHost calls changed now and whenever addresses, interfaces or default
-// routes have changed, at most ten times a second.
+// routes have changed, at most ten times a second. A listing that others'
+// changes interrupted is taken again; a subscription that overflowed is renewed.
 func watchHost(ctx context.Context, changed func(host)) error {
+	var last string
+	for ctx.Err() == nil {
+		err := followHost(ctx, func(h host) {
+			if now := fmt.Sprint(h); now != last {
+				last = now
+				changed(h)
+			}
+		})
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// followHost ends without an error when the subscriptions have to be renewed.
+func followHost(ctx context.Context, seen func(host)) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
 	addrs, links, routes := make(chan netlink.AddrUpdate, 64), make(chan netlink.LinkUpdate, 64), make(chan netlink.RouteUpdate, 64)
 	if err := netlink.AddrSubscribe(addrs, ctx.Done()); err != nil {
 		return fmt.Errorf("watch addresses: %w", err)
@@ -38,58 +59,50 @@ func watchHost(ctx context.Context, changed func(host)) error {
 	if err := netlink.RouteSubscribe(routes, ctx.Done()); err != nil {
 		return fmt.Errorf("watch routes: %w", err)
 	}
-	var last string
 	for {
 		h, err := readHost()
-		if err != nil {
+		switch {
+		case errors.Is(err, netlink.ErrDumpInterrupted), errors.Is(err, unix.EINTR):
+			if !drain(ctx, 20*time.Millisecond, addrs, links, routes) {
+				return nil
+			}
+			continue
+		case err != nil:
 			return err
 		}
-		if now := fmt.Sprint(h); now != last {
-			last = now
-			changed(h)
-		}
+		seen(h)
+		open := true
 		select {
 		case <-ctx.Done():
 			return nil
-		case _, ok := <-addrs:
-			if !ok {
-				return closed(ctx)
-			}
-		case _, ok := <-links:
-			if !ok {
-				return closed(ctx)
-			}
-		case _, ok := <-routes:
-			if !ok {
-				return closed(ctx)
-			}
+		case _, open = <-addrs:
+		case _, open = <-links:
+		case _, open = <-routes:
 		}
-		drain(ctx, 100*time.Millisecond, addrs, links, routes)
+		if !open || !drain(ctx, 100*time.Millisecond, addrs, links, routes) {
+			time.Sleep(100 * time.Millisecond) // not in a hurry to overflow again
+			return nil
+		}
 	}
 }
 
-func closed(ctx context.Context) error {
-	if ctx.Err() != nil {
-		return nil
-	}
-	return fmt.Errorf("netlink subscription ended")
-}
-
-// drain takes what else is told for a while: pods come and go in numbers.
-func drain(ctx context.Context, d time.Duration, addrs chan netlink.AddrUpdate, links chan netlink.LinkUpdate, routes chan netlink.RouteUpdate) {
+// drain takes what else is told for a while: pods come and go in numbers. It
+// returns false when a subscription has ended.
+func drain(ctx context.Context, d time.Duration, addrs chan netlink.AddrUpdate, links chan netlink.LinkUpdate, routes chan netlink.RouteUpdate) bool {
 	timer := time.NewTimer(d)
 	defer timer.Stop()
-	for {
+	for open := true; open; {
 		select {
 		case <-ctx.Done():
-			return
+			return false
 		case <-timer.C:
-			return
-		case <-addrs:
-		case <-links:
-		case <-routes:
+			return true
+		case _, open = <-addrs:
+		case _, open = <-links:
+		case _, open = <-routes:
 		}
 	}
+	return false
 }
 
 func readHost() (host, error) {

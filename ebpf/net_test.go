@@ -22,6 +22,7 @@ import (
 
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
+	"golang.org/x/sys/unix"
 	networking "k8s.io/api/networking/v1"
 	meta "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/yaml"
@@ -291,8 +292,10 @@ func (s *site) dial(from, network string, to netip.Addr, port uint16) (net.Conn,
 	return c, nil
 }
 
-func talk(c net.Conn, b []byte) error {
-	_ = c.SetDeadline(time.Now().Add(400 * time.Millisecond))
+func talk(c net.Conn, b []byte) error { return talkFor(c, b, 400*time.Millisecond) }
+
+func talkFor(c net.Conn, b []byte, limit time.Duration) error {
+	_ = c.SetDeadline(time.Now().Add(limit))
 	if _, err := c.Write(b); err != nil {
 		return err
 	}
@@ -525,7 +528,7 @@ ingress: [{from: [{podSelector: {matchLabels: {app: b}}}]}]`)}
 	go func() { // speaks without a pause
 		var n int
 		for ctx.Err() == nil {
-			if err := talk(conn, []byte("x")); err != nil {
+			if err := talkFor(conn, []byte("x"), 10*time.Second); err != nil {
 				flaps <- fmt.Errorf("after %d: %w", n, err)
 				return
 			}
@@ -560,6 +563,15 @@ ingress: [{from: [{podSelector: {matchLabels: {app: b}}}]}]`)}
 	if err := <-flaps; err != nil {
 		t.Error(err)
 	}
+	raw, err := conn.(*net.TCPConn).SyscallConn()
+	must(t, err)
+	must(t, raw.Control(func(fd uintptr) {
+		info, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
+		must(t, err)
+		if info.Total_retrans > 0 {
+			t.Errorf("%d segments were sent again: packets were dropped", info.Total_retrans)
+		}
+	}))
 	if err := <-leaks; err != nil {
 		t.Error(err)
 	}

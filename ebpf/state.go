@@ -14,6 +14,7 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/nodeagent/nodeagent/ebpf/datapath"
+	"github.com/nodeagent/nodeagent/ebpf/flows"
 	"github.com/nodeagent/nodeagent/ebpf/objects"
 	"github.com/nodeagent/nodeagent/ebpf/policy"
 )
@@ -38,9 +39,10 @@ type state struct {
 	next    uint32
 	uplinks map[int]*uplink
 
-	unsettled bool
-	problems  []string
-	last      time.Duration
+	unsettled      bool
+	checked, drift uint64
+	problems       []string
+	last           time.Duration
 }
 
 type local struct {
@@ -158,11 +160,42 @@ func (s *state) settle() {
 	}
 }
 
+// selfCheck has a flow that was seen judged again by the loaded program and by
+// the reference.
+func (s *state) selfCheck(sample <-chan flows.Event) {
+	if !s.ready {
+		return
+	}
+	select {
+	case ev := <-sample:
+		agree, known := s.checkFlow(ev)
+		if !known {
+			return
+		}
+		s.checked++
+		if !agree {
+			s.drift++
+			s.cfg.Log.Error("the loaded policy is not what the objects say", "src", ev.Src, "dst", ev.Dst, "port", ev.DstPort, "protocol", ev.Protocol)
+		}
+	default:
+	}
+}
+
 // cluster is the source's objects with the local pods as the runtime has them.
 func (s *state) cluster() *objects.Cluster {
 	c := &objects.Cluster{Namespaces: s.objects.Namespaces, Policies: s.objects.Policies, Node: s.host.addrs, Services: s.cfg.Services}
 	here := map[objects.PodKey]*local{}
+	spaces := map[string]bool{}
+	for _, n := range s.objects.Namespaces {
+		spaces[n.Name] = true
+	}
 	for _, p := range s.pods {
+		if !spaces[p.Namespace] { // no object of it, as without an API server: it has its name's label
+			spaces[p.Namespace] = true
+			c.Namespaces = append(c.Namespaces[:len(c.Namespaces):len(c.Namespaces)], objects.Namespace{
+				Name: p.Namespace, Labels: map[string]string{"kubernetes.io/metadata.name": p.Namespace},
+			})
+		}
 		if q := here[p.PodKey]; q == nil || p.Created.After(q.Created) {
 			here[p.PodKey] = p
 		}
@@ -349,7 +382,7 @@ func (s *state) attachUplinks() {
 }
 
 func (s *state) status() (Status, error) {
-	out := Status{Ready: s.ready, Pods: len(s.pods), Faults: s.compiler.Faults(), Problems: s.problems, Tables: s.compiler.Stats(), LastApply: s.last}
+	out := Status{Ready: s.ready, Pods: len(s.pods), Faults: s.compiler.Faults(), Problems: s.problems, Tables: s.compiler.Stats(), Checked: s.checked, Drift: s.drift, LastApply: s.last}
 	for _, u := range s.uplinks {
 		out.Uplinks = append(out.Uplinks, u.name)
 	}

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
+	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -21,6 +22,7 @@ import (
 	"github.com/nodeagent/nodeagent/cri/rootfs"
 	"github.com/nodeagent/nodeagent/cri/spec"
 	"github.com/nodeagent/nodeagent/cri/stream"
+	"github.com/nodeagent/nodeagent/ebpf"
 	"github.com/nodeagent/nodeagent/metrics"
 	"github.com/nodeagent/nodeagent/shim"
 )
@@ -35,6 +37,7 @@ type node struct {
 	images  *images.Store
 	mounter *rootfs.Mounter
 	network *cni.Manager
+	policy  *ebpf.Engine // nil: off
 	pool    *namespaces.Pool
 	cri     *cri.Server
 	streams *stream.Server
@@ -89,14 +92,26 @@ func (d *node) build(ctx context.Context) error {
 	}
 	d.close = append(d.close, d.images.Close)
 	d.mounter = rootfs.New(rootfs.Config{Root: cfg.Root, State: cfg.State, Log: log})
+	if d.policy, err = newPolicy(cfg, log); err != nil {
+		return err
+	}
+	policed := newPolicedNetwork(d.policy)
+	var beforeUp func(context.Context, string, int, []netip.Addr) error
+	if d.policy != nil {
+		beforeUp = policed.beforeUp
+	}
 	if d.network, err = cni.New(cni.Config{
 		Name: cfg.Network.Name, ConfDir: cfg.Network.CNIConfDir, BinDirs: cfg.Network.CNIBinDirs,
 		StateDir: cfg.State, RootDir: cfg.Root, PodCIDRs: cfg.Network.PodCIDRs, MTU: cfg.Network.MTU,
-		Masquerade: cfg.Network.Masquerade, Log: log,
+		Masquerade: cfg.Network.Masquerade, BeforeUp: beforeUp, Log: log,
 	}); err != nil {
 		return err
 	}
 	d.close = append(d.close, d.network.Close)
+	var network cri.Network = networkOf{d.network}
+	if d.policy != nil {
+		policed.Network, network = network, policed
+	}
 	if d.pool, err = namespaces.New(namespaces.Config{
 		Dir: filepath.Join(cfg.State, "ns"), Warm: cfg.Network.WarmNamespaces,
 		Prewire: d.network.Prewire, Unwire: d.network.Unwire, Log: log,
@@ -113,7 +128,7 @@ func (d *node) build(ctx context.Context) error {
 	if d.cri, err = cri.New(cri.Config{
 		Socket: cfg.CRI.Socket, State: cfg.State, Root: cfg.Root, Handlers: handlers(cfg), Version: semver(readVersion().Version),
 		Effective: cfg, ExecMaxOutput: int(cfg.CRI.ExecSyncMaxOutput), Host: host, Defaults: specDefaults(cfg),
-		CDI: spec.NewCDI(cfg.CRI.CDISpecDirs...), Runtime: d.runtime, Network: networkOf{d.network}, Cgroups: cgroupsOf{groups},
+		CDI: spec.NewCDI(cfg.CRI.CDISpecDirs...), Runtime: d.runtime, Network: network, Cgroups: cgroupsOf{groups},
 		Namespaces: namespacesOf{d.pool}, Images: d.images, Rootfs: newRootfs(d.images, d.mounter, cfg.Root, log), Stats: sampler, Log: log,
 	}); err != nil {
 		return err
@@ -165,6 +180,9 @@ func (d *node) run(ctx context.Context) error {
 	}
 	start(&lower, below, "shim", d.shim.Run)
 	start(&lower, below, "exits", d.runtime.run)
+	if d.policy != nil {
+		start(&lower, below, "policy", d.policy.Run)
+	}
 	recovered := d.cri.Recover(ctx)
 	if recovered != nil {
 		cancel(recovered)
@@ -177,6 +195,11 @@ func (d *node) run(ctx context.Context) error {
 		start(&upper, ctx, "administration", func(ctx context.Context) error {
 			return serveAdmin(ctx, d.cfg.AdminSocket(), d.images, d.log)
 		})
+		if d.policy != nil {
+			start(&upper, ctx, "policy administration", func(ctx context.Context) error {
+				return servePolicy(ctx, policySocket(d.cfg), d.policy, d.log)
+			})
+		}
 		if d.metrics != nil {
 			start(&upper, ctx, "metrics", func(ctx context.Context) error {
 				return serveMetrics(ctx, d.cfg.Metrics.Address, d.metrics, d.log)

@@ -16,6 +16,7 @@ import (
 	"github.com/vishvananda/netns"
 
 	"github.com/nodeagent/nodeagent/ebpf/flows"
+	"github.com/nodeagent/nodeagent/ebpf/frame"
 	"github.com/nodeagent/nodeagent/ebpf/lab"
 	"github.com/nodeagent/nodeagent/ebpf/objects"
 	"github.com/nodeagent/nodeagent/ebpf/policy"
@@ -125,11 +126,11 @@ func protocolFor(p lab.Probe) (proto, icmp uint8) {
 }
 
 // shapes are packets that must all get the probe's verdict.
-func shapes(r *rand.Rand, p lab.Probe) [4]lab.Packet {
+func shapes(r *rand.Rand, p lab.Probe) [4]frame.Packet {
 	f := p.Flow()
 	proto, icmp := protocolFor(p)
-	base := lab.Packet{Src: f.Src, Dst: f.Dst, Protocol: proto, ICMPType: icmp, SrcPort: uint16(1024 + r.IntN(60000)), DstPort: p.Port, TCP: lab.SYN}
-	out := [4]lab.Packet{base, base, base, base}
+	base := frame.Packet{Src: f.Src, Dst: f.Dst, Protocol: proto, ICMPType: icmp, SrcPort: uint16(1024 + r.IntN(60000)), DstPort: p.Port, TCP: frame.SYN}
+	out := [4]frame.Packet{base, base, base, base}
 	out[1].Options = 1 + r.IntN(5)
 	out[2].Payload = make([]byte, r.IntN(1200))
 	out[2].TCP |= 0xc0 // ECN
@@ -179,7 +180,7 @@ func (b *bench) judge(t testing.TB, p lab.Probe) (n int, bad string) {
 	}
 	if p.Dir == reference.Ingress && p.Proto == objects.TCP { // the NIC drops early, and only what is denied
 		f := p.Flow()
-		packet := lab.Packet{Src: f.Src, Dst: f.Dst, Protocol: p.Proto, SrcPort: 999, DstPort: p.Port, TCP: lab.SYN}
+		packet := frame.Packet{Src: f.Src, Dst: f.Dst, Protocol: p.Proto, SrcPort: 999, DstPort: p.Port, TCP: frame.SYN}
 		got, err := b.d.Run(flows.UplinkIn, Input{Packet: packet.Bytes(), Ifindex: 1, IngressIfindex: 1, Dry: true})
 		if err != nil {
 			t.Fatal(err)

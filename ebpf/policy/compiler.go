@@ -440,3 +440,37 @@ func samePod(a, b *objects.Pod) bool {
 	return a.UID == b.UID && a.Created == b.Created && a.HostNetwork == b.HostNetwork && a.Finished == b.Finished &&
 		sameLabels(a.Labels, b.Labels) && slices.Equal(a.IPs, b.IPs) && slices.Equal(a.Ports, b.Ports)
 }
+
+// PolicyInfo is one policy and the endpoints that it selects.
+type PolicyInfo struct {
+	Key       objects.PodKey
+	Isolates  [2]bool // by Dir
+	Endpoints []uint32
+	Faults    []string
+}
+
+// Policies lists all, by name.
+func (c *Compiler) Policies() []PolicyInfo {
+	at := map[*compiled]*PolicyInfo{}
+	var out []*PolicyInfo
+	for _, l := range c.policies {
+		for _, p := range l {
+			at[p] = &PolicyInfo{Key: p.key, Isolates: p.isolates, Faults: p.faults}
+			out = append(out, at[p])
+		}
+	}
+	for id, e := range c.endpoints {
+		for _, p := range e.policies {
+			if i := at[p]; i != nil {
+				i.Endpoints = append(i.Endpoints, id)
+			}
+		}
+	}
+	slices.SortFunc(out, func(a, b *PolicyInfo) int { return cmp.Compare(a.Key.String(), b.Key.String()) })
+	infos := make([]PolicyInfo, len(out))
+	for i, p := range out {
+		slices.Sort(p.Endpoints)
+		infos[i] = *p
+	}
+	return infos
+}

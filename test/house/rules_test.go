@@ -57,7 +57,7 @@ var foreignShape = map[string]string{
 }
 
 // testSupport are folders outside test/ that only tests import.
-var testSupport = []string{"cni/lab"}
+var testSupport = []string{"cni/lab", "ebpf/lab"}
 
 // initAllowed are the packages that may have func init, with the reason.
 var initAllowed = map[string]string{

@@ -1,4 +1,7 @@
-package lab
+// Package frame builds Ethernet frames for the programs to judge: the packets of
+// `nodeagent policy why`, of the self-check and of tests. Pure; no goroutines, no
+// locks.
+package frame
 
 import (
 	"encoding/binary"

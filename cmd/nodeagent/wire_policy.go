@@ -1,0 +1,161 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/netip"
+	"path/filepath"
+	"sync"
+	"time"
+
+	"github.com/containerd/errdefs"
+	"github.com/nodeagent/nodeagent/config"
+	"github.com/nodeagent/nodeagent/cri"
+	"github.com/nodeagent/nodeagent/ebpf"
+	"github.com/nodeagent/nodeagent/ebpf/datapath"
+	"github.com/nodeagent/nodeagent/ebpf/objects"
+	"github.com/nodeagent/nodeagent/ebpf/source"
+)
+
+// newPolicy builds the policy engine, nil when it is off.
+func newPolicy(cfg config.Config, log *slog.Logger) (*ebpf.Engine, error) {
+	p := cfg.Policy
+	if p.Mode != "enforce" {
+		return nil, nil
+	}
+	uplinks := p.Uplinks
+	if len(uplinks) == 0 {
+		uplinks = nil
+	}
+	return ebpf.New(ebpf.Config{
+		BPFFS: p.BPFFS, Name: "nodeagent-" + cfg.Network.Name, Uplinks: uplinks, Services: p.ServiceCIDRs, Audit: p.AuditNamespaces,
+		Source:   directory{source.NewDir(p.Dir, log)},
+		Datapath: datapath.Config{Strict: p.Strict, KeepEstablished: p.KeepEstablished},
+		Log:      log,
+	})
+}
+
+// policySocket is where the daemon answers `nodeagent policy`.
+func policySocket(cfg config.Config) string { return filepath.Join(cfg.State, "policy.sock") }
+
+// directory is the directory of policies as the engine sees it.
+type directory struct{ d *source.Dir }
+
+func (s directory) Run(ctx context.Context, set func(ebpf.Objects)) error {
+	return s.d.Run(ctx, func(o source.Objects) {
+		set(ebpf.Objects{Namespaces: o.Namespaces, Pods: o.Pods, Policies: o.Policies})
+	})
+}
+
+// policedNetwork is the network of pods that do not go up before their policy
+// is in force.
+type policedNetwork struct {
+	cri.Network
+	engine *ebpf.Engine
+
+	mu       sync.Mutex
+	starting map[string]*startingPod // by sandbox, while Setup is under way
+}
+
+type startingPod struct {
+	request cri.NetworkRequest
+	policed bool
+}
+
+func newPolicedNetwork(engine *ebpf.Engine) *policedNetwork {
+	return &policedNetwork{engine: engine, starting: map[string]*startingPod{}}
+}
+
+// beforeUp is the built-in network's hook.
+func (n *policedNetwork) beforeUp(ctx context.Context, sandboxID string, index int, ips []netip.Addr) error {
+	n.mu.Lock()
+	s := n.starting[sandboxID]
+	n.mu.Unlock()
+	if s == nil {
+		return fmt.Errorf("sandbox %s is not being set up: %w", sandboxID, errdefs.ErrFailedPrecondition)
+	}
+	if err := n.engine.PodStarting(ctx, policedPod(s.request, index, ips)); err != nil {
+		return err
+	}
+	n.mu.Lock()
+	s.policed = true
+	n.mu.Unlock()
+	return nil
+}
+
+// Setup is the network's, with policy in force when it returns. Where another
+// CNI plugin made the interface it was up for a moment before that; no
+// container runs yet.
+func (n *policedNetwork) Setup(ctx context.Context, r cri.NetworkRequest) (cri.NetworkResult, error) {
+	s := &startingPod{request: r}
+	n.mu.Lock()
+	n.starting[r.SandboxID] = s
+	n.mu.Unlock()
+	defer func() {
+		n.mu.Lock()
+		delete(n.starting, r.SandboxID)
+		n.mu.Unlock()
+	}()
+	res, err := n.Network.Setup(ctx, r)
+	if err == nil && !s.policed && res.HostInterface != "" {
+		if err = n.police(ctx, r, res); err != nil {
+			err = errors.Join(err, n.Network.Teardown(context.WithoutCancel(ctx), r, res))
+			res = cri.NetworkResult{}
+		}
+	}
+	if err != nil {
+		err = errors.Join(err, n.forget(ctx, r.SandboxID))
+	}
+	return res, err
+}
+
+func (n *policedNetwork) police(ctx context.Context, r cri.NetworkRequest, res cri.NetworkResult) error {
+	l, err := net.InterfaceByName(res.HostInterface)
+	if err != nil {
+		return fmt.Errorf("find the host's end of sandbox %s: %w", r.SandboxID, err)
+	}
+	return n.engine.PodStarting(ctx, policedPod(r, l.Index, res.IPs))
+}
+
+func (n *policedNetwork) forget(ctx context.Context, sandboxID string) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 5*time.Second)
+	defer cancel()
+	return n.engine.PodGone(ctx, sandboxID)
+}
+
+// Teardown takes the network, then the policy.
+func (n *policedNetwork) Teardown(ctx context.Context, r cri.NetworkRequest, res cri.NetworkResult) error {
+	if err := n.Network.Teardown(ctx, r, res); err != nil {
+		return err
+	}
+	return n.forget(ctx, r.SandboxID)
+}
+
+// Reconcile also tells the engine which pods live: it begins to enforce.
+func (n *policedNetwork) Reconcile(ctx context.Context, live []cri.NetworkRequest, results map[string]cri.NetworkResult) error {
+	err := n.Network.Reconcile(ctx, live, results)
+	var pods []ebpf.Pod
+	for _, r := range live {
+		res := results[r.SandboxID]
+		if res.HostInterface == "" {
+			continue
+		}
+		l, e := net.InterfaceByName(res.HostInterface)
+		if e != nil {
+			err = errors.Join(err, fmt.Errorf("policy of sandbox %s: %w", r.SandboxID, e))
+			continue
+		}
+		pods = append(pods, policedPod(r, l.Index, res.IPs))
+	}
+	return errors.Join(err, n.engine.Reconcile(ctx, pods))
+}
+
+func policedPod(r cri.NetworkRequest, index int, ips []netip.Addr) ebpf.Pod {
+	return ebpf.Pod{
+		SandboxID: r.SandboxID, PodKey: objects.PodKey{Namespace: r.PodNamespace, Name: r.PodName}, UID: r.PodUID,
+		Created: time.Now(), Labels: r.Labels, Interface: index, IPs: ips,
+	}
+}

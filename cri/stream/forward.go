@@ -36,14 +36,7 @@ func (s *Server) forward(ctx context.Context, netns string, port int32, stream i
 	// and a pod that is silent would never write and fail.
 	done := make(chan struct{})
 	defer close(done)
-	gone := connectionGone(ctx)
-	s.background(func() {
-		select {
-		case <-done:
-		case <-gone:
-			conn.Close()
-		}
-	})
+	s.whenGone(ctx, done, func() { conn.Close() })
 
 	// What the client sends. It ends when the client closes its side, or, after
 	// this function, when the stream is closed.

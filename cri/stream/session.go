@@ -53,15 +53,10 @@ func (s *Server) session(ctx context.Context, c clientStreams, start func(contex
 	defer hangUp()
 	done := make(chan struct{})
 	defer close(done)
-	gone := connectionGone(ctx)
-	s.background(func() {
-		select {
-		case <-done:
-		case <-gone:
-			p.closeOurs()
-			if c.attach || c.tty {
-				hangUp()
-			}
+	s.whenGone(ctx, done, func() {
+		p.closeOurs()
+		if c.attach || c.tty {
+			hangUp()
 		}
 	})
 	s.background(func() { p.copyIn(c.in) })

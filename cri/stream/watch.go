@@ -23,6 +23,19 @@ func connectionGone(ctx context.Context) <-chan struct{} {
 	return c
 }
 
+// whenGone calls fn if the client of a request disconnects before done is
+// closed.
+func (s *Server) whenGone(ctx context.Context, done <-chan struct{}, fn func()) {
+	gone := connectionGone(ctx)
+	s.background(func() {
+		select {
+		case <-done:
+		case <-gone:
+			fn()
+		}
+	})
+}
+
 // withConnection is http.Server.ConnContext.
 func withConnection(ctx context.Context, c net.Conn) context.Context {
 	if t, ok := c.(*tls.Conn); ok {

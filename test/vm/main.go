@@ -75,5 +75,16 @@ func run(ctx context.Context, o options) error {
 	if err != nil {
 		return err
 	}
-	return results.verdict(steps)
+	if err := results.verdict(steps); err != nil {
+		return err
+	}
+	return keep(o)
+}
+
+// keep makes the package that has passed the one that the next build upgrades.
+func keep(o options) error {
+	if o.pkg == "" {
+		return nil
+	}
+	return command(context.Background(), "cp", o.pkg, filepath.Join(o.cache, previousName))
 }

@@ -154,9 +154,11 @@ func writeImage(ctx context.Context, dir string) error {
 	return images.WriteArchive(f, map[string]images.Artifact{"example.test/busybox:1": img})
 }
 
+const previousName = "previous.deb"
+
 // previous is the package of the last build that passed here, if there is one.
 func previous(o options) string {
-	p := filepath.Join(o.cache, "previous.deb")
+	p := filepath.Join(o.cache, previousName)
 	if _, err := os.Stat(p); err != nil {
 		return ""
 	}

@@ -40,7 +40,7 @@ func TestAfterReboot(t *testing.T) {
 	if err := json.Unmarshal(data, &ids); err != nil || len(ids) != 2 {
 		t.Fatal(err)
 	}
-	old := &pod{rt: runtime(t), id: ids[0], ctr: ids[1]}
+	old := &pod{rt: runtime(t), id: ids[0], ctr: ids[1], log: logDir + "/old.log"}
 	s := old.status(t)
 	equal(t, "old container", s.State, runtimeapi.ContainerState_CONTAINER_EXITED)
 	if s.ExitCode == 0 || s.FinishedAt < s.StartedAt {

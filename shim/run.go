@@ -114,6 +114,7 @@ func (c *Client) drop(conn *connection) {
 // start one, it starts a reaper, which starts the shim.
 func (c *Client) connect(ctx context.Context) (*connection, error) {
 	var started bool
+	complain := time.Now().Add(5 * time.Second)
 	for wait := time.Millisecond; ; wait = min(2*wait, 100*time.Millisecond) {
 		nc, err := dial(ctx, c.cfg.StateDir, "shim.sock")
 		if err == nil {
@@ -126,6 +127,11 @@ func (c *Client) connect(ctx context.Context) (*connection, error) {
 			if started, err = c.startReaper(); err != nil {
 				return nil, err
 			}
+		}
+		if time.Now().After(complain) {
+			// It is tried again for ever; whoever waits should know for what.
+			c.cfg.Log.Warn("no shim answers; one is being started again and again", "path", c.cfg.StateDir)
+			complain = time.Now().Add(time.Minute)
 		}
 		select {
 		case <-ctx.Done():

@@ -44,6 +44,7 @@ func TestStartErrorsLeaveNothing(t *testing.T) {
 		}, func(err error) bool { return err != nil }, ""},
 		{"log in no directory", func(s *shim.Spec) { s.LogPath = n.dir + "/none/log" }, func(err error) bool { return err != nil }, "none/log"},
 		{"bad rlimit", func(s *shim.Spec) { s.OCI.Process.Rlimits = []specs.POSIXRlimit{{Type: "RLIMIT_NONE"}} }, errdefs.IsInvalidArgument, ""},
+		{"no such CPU", func(s *shim.Spec) { s.OCI.Linux.Resources.CPU = &specs.LinuxCPU{Cpus: "900"} }, errdefs.IsInvalidArgument, ""},
 		{"no spec", func(s *shim.Spec) { s.OCI = nil }, errdefs.IsInvalidArgument, ""},
 	} {
 		id := "c" + strconv.Itoa(i)
@@ -240,12 +241,24 @@ func TestUpdate(t *testing.T) {
 	spec.OCI.Linux.Resources.CPU = &specs.LinuxCPU{Shares: &shares}
 	st := n.start(spec)
 	limit = 128 << 20
-	quota, period := int64(20000), uint64(100000)
+	quota, period, little := int64(20000), uint64(100000), int64(4096)
 	for range 2 {
 		if err := n.client.Update(n.ctx(), "c", &specs.LinuxResources{
 			Memory: &specs.LinuxMemory{Limit: &limit}, CPU: &specs.LinuxCPU{Quota: &quota, Period: &period},
 		}); err != nil {
 			t.Fatal(err)
+		}
+	}
+	for name, r := range map[string]*specs.LinuxResources{
+		"less than is in use": {Memory: &specs.LinuxMemory{Limit: &little}},
+		"no such CPU":         {CPU: &specs.LinuxCPU{Cpus: "900"}},
+	} {
+		// cgroup v2 takes a limit that is too low, and reclaims or kills.
+		if v2 := st.CgroupPaths[""] != ""; v2 && r.Memory != nil {
+			continue
+		}
+		if err := n.client.Update(n.ctx(), "c", r); !errdefs.IsInvalidArgument(err) {
+			t.Errorf("%s: %v", name, err)
 		}
 	}
 	read := func(controller, v1, v2 string) string {

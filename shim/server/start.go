@@ -251,8 +251,8 @@ func (s *Server) removeDir(dir string) {
 	}
 }
 
-// startError gives a class to an error of libcontainer. What happens in the
-// init process comes back as text only.
+// startError gives a class to an error of libcontainer, of a start, an exec or
+// an update. What happens in the init process comes back as text only.
 func startError(err error) error {
 	text := err.Error()
 	for _, c := range []struct {
@@ -266,6 +266,8 @@ func startError(err error) error {
 		{"not a directory", errdefs.ErrInvalidArgument},
 		{"exec format error", errdefs.ErrInvalidArgument},
 		{"invalid", errdefs.ErrInvalidArgument},
+		{"numerical result out of range", errdefs.ErrInvalidArgument}, // CPUs, nodes
+		{"unable to set memory limit", errdefs.ErrInvalidArgument},    // less than is in use
 		{"resource temporarily unavailable", errdefs.ErrResourceExhausted},
 		{"cannot allocate memory", errdefs.ErrResourceExhausted},
 		{"too many open files", errdefs.ErrResourceExhausted},

@@ -42,7 +42,7 @@ func (s *Server) update(id string, res *specs.LinuxResources) error {
 	err = c.lc.Set(cfg)
 	merged.SkipDevices = false // libcontainer refuses to exec with it
 	if err != nil {
-		return fmt.Errorf("update container %q: %w", id, err)
+		return fmt.Errorf("update container %q: %w", id, startError(err))
 	}
 	return nil
 }

@@ -17,6 +17,7 @@
 #include <sys/signalfd.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
@@ -342,6 +343,7 @@ static int host_goes_down(void)
 
 static int reaper_main(int argc, char **argv)
 {
+	const unsigned long plain[4] = { 0 }; // the kernel's struct sigaction: SIG_DFL, no flags
 	sigset_t set;
 	int sfd, lock, sig;
 
@@ -367,9 +369,10 @@ static int reaper_main(int argc, char **argv)
 		say("become subreaper", errno);
 		return 1;
 	}
-	// What our parent ignores is not for containers to ignore.
+	// What our parent ignores is not for containers to ignore. libc's signal()
+	// refuses 32 and 33, its own, but GNU make's children ignore those too.
 	for (sig = 1; sig < NSIG; sig++)
-		signal(sig, SIG_DFL);
+		syscall(SYS_rt_sigaction, sig, plain, NULL, 8);
 	// Three descriptors a container are kept here.
 	if (getrlimit(RLIMIT_NOFILE, &files) == 0) {
 		struct rlimit all = { files.rlim_max, files.rlim_max };

@@ -310,8 +310,11 @@ func (n *node) lines(id, stream string) []string {
 	}
 	var lines []string
 	for line := range strings.Lines(string(b)) {
+		if !strings.HasSuffix(line, "\n") {
+			break // the last one, being written or about to be written again
+		}
 		f := strings.SplitN(strings.TrimSuffix(line, "\n"), " ", 4)
-		if len(f) != 4 || !strings.HasSuffix(line, "\n") {
+		if len(f) != 4 {
 			n.t.Fatalf("torn line %q", line)
 		}
 		if _, err := time.Parse(time.RFC3339Nano, f[0]); err != nil {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -264,9 +265,13 @@ func (c *container) shFails(t testing.TB, script string) string {
 	return string(r.Stdout) + string(r.Stderr)
 }
 
-// eventually calls f until it returns nil, for at most limit.
+// eventually calls f until it returns nil, for at most limit, or $NODEAGENT_SLOW
+// times as long where the CPU is emulated.
 func eventually(t testing.TB, limit time.Duration, f func() error) {
 	t.Helper()
+	if n, err := strconv.Atoi(os.Getenv("NODEAGENT_SLOW")); err == nil && n > 1 {
+		limit *= time.Duration(n)
+	}
 	deadline := time.Now().Add(limit)
 	for {
 		err := f()

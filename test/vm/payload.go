@@ -34,7 +34,7 @@ func guest(run string) string {
 }
 
 func endToEnd(driver, run string) string {
-	return "NODEAGENT=/payload/bin/nodeagent NODEAGENT_TESTTOOL=/payload/testtool NODEAGENT_CGROUP_DRIVER=" + driver +
+	return "NODEAGENT_SLOW=5 NODEAGENT=/payload/bin/nodeagent NODEAGENT_TESTTOOL=/payload/testtool NODEAGENT_CGROUP_DRIVER=" + driver +
 		" ./e2e.test -test.v -test.short -test.timeout 20m -test.run '" + run + "'"
 }
 

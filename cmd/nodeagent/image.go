@@ -6,7 +6,6 @@ import (
 	"io"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -181,11 +180,16 @@ func (a *app) adminCall(cmd *cobra.Command, path string, req any) error {
 		return err
 	}
 	for _, img := range got {
-		names := append(slices.Clone(img.RepoTags), img.RepoDigests...)
+		names := img.RepoTags
+		if len(names) == 0 {
+			names = img.RepoDigests
+		}
 		if len(names) == 0 {
 			names = []string{img.ID}
 		}
-		fmt.Fprintf(cmd.OutOrStdout(), "%s  %s\n", shortID(img.ID), names[0])
+		for _, name := range names {
+			fmt.Fprintf(cmd.OutOrStdout(), "%s  %s\n", shortID(img.ID), name)
+		}
 	}
 	return nil
 }

@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/containerd/containerd/v2/core/content"
@@ -31,6 +32,7 @@ type ImportOptions struct {
 // Import takes in the images of an OCI layout directory, an OCI archive or a
 // docker archive (each of these plain, gzip or zstd), for this platform. All
 // of them or, on an error, those before the faulty one are there afterwards.
+// Each image is returned once, with all its names.
 //
 // Errors: InvalidArgument if it is none of these; DataLoss for content that
 // does not match its digest; NotFound if blobs are missing or no image is for
@@ -82,7 +84,8 @@ func (s *Store) Import(ctx context.Context, path string, opts ImportOptions) ([]
 		if err != nil {
 			return out, fmt.Errorf("import %q: image %s: %w", path, f.desc.Digest, explain(ctx, err))
 		}
-		out = append(out, img)
+		// An image of several names is one image; what came last has them all.
+		out = append(slices.DeleteFunc(out, func(o Image) bool { return o.ID == img.ID }), img)
 	}
 	if len(out) == 0 {
 		return nil, fmt.Errorf("import %q: no image in it is for %s: %w", path, platforms.DefaultString(), errdefs.ErrNotFound)

@@ -135,6 +135,19 @@ func TestImportNames(t *testing.T) {
 	}
 }
 
+// TestImportOfOneImageWithSeveralNames: it is told of once.
+func TestImportOfOneImageWithSeveralNames(t *testing.T) {
+	f := setup(t)
+	img, dir := small(t, "x"), t.TempDir()
+	if err := testimages.WriteLayout(dir, map[string]testimages.Artifact{"example.com/a:1": img, "example.com/b:2": img}); err != nil {
+		t.Fatal(err)
+	}
+	got, err := f.store.Import(t.Context(), dir, ImportOptions{})
+	if err != nil || len(got) != 1 || !slices.Equal(got[0].RepoTags, []string{"example.com/a:1", "example.com/b:2"}) {
+		t.Errorf("%+v, %v", got, err)
+	}
+}
+
 func TestImportFaults(t *testing.T) {
 	f := setup(t, func(c *Config) { c.KeepPartial = -1 })
 	img := small(t, "x")

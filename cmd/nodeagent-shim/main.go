@@ -73,6 +73,9 @@ func run(log *slog.Logger, state, exits string) error {
 		log.Warn("run from a sealed copy; every start copies the program instead", "err", err)
 	}
 	debug.SetMemoryLimit(64 << 20)
+	// libcontainer waits in system calls; the monitor that gives the
+	// processor of such a wait to others comes late here (see reaper.c).
+	runtime.GOMAXPROCS(max(4, runtime.NumCPU()))
 	// libcontainer hands this to the init process, which has one thread to run.
 	os.Setenv("GOMAXPROCS", "1")
 	quietLogrus(log)

@@ -433,8 +433,8 @@ __attribute__((constructor)) static void reaper_constructor(int argc, char **arg
 	// threads inherit this one.
 	prctl(PR_SET_NAME, "nodeagent-shim");
 	// While Go code runs, Go's monitor thread sleeps 20 us at a time. With
-	// the usual slack of 50 us that alone was 8 % of what a start computes;
-	// more slack makes it sleep longer. It is inherited: shim/initmode
-	// gives containers the usual one.
-	prctl(PR_SET_TIMERSLACK, 250000);
+	// the usual slack of 50 us that alone was 10 % of what a start or an exec
+	// computes; more slack makes it sleep longer. It is inherited:
+	// shim/initmode gives containers the usual one.
+	prctl(PR_SET_TIMERSLACK, 1000000);
 }

@@ -80,7 +80,7 @@ func TestPurge(t *testing.T) {
 		}
 	}
 	for what, script := range map[string]string{
-		"processes": "pgrep -f 'nodeagent-shim|sleep 1000' || true",
+		"processes": "pgrep -f '[n]odeagent-shim|[s]leep 1000' || true",
 		"mounts":    "grep -E '/(run|var/lib)/nodeagent' /proc/self/mountinfo || true",
 		"links":     "ip -o link | grep ' na' || true",
 		"tables":    "nft list tables | grep nodeagent || true",

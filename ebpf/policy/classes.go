@@ -74,6 +74,7 @@ type classTable struct {
 	limit uint32
 	full  bool // the last allocation failed
 	none  *class
+	fresh []*class // made in this update
 }
 
 func (t *classTable) init(limit uint32) {
@@ -112,6 +113,7 @@ func (t *classTable) alloc(key string, c content) *class {
 	}
 	k := &class{id: id, key: key, content: c, fresh: true}
 	t.byID[id] = k
+	t.fresh = append(t.fresh, k)
 	return k
 }
 
@@ -242,6 +244,7 @@ type profileTable struct {
 	dirty bool // a set was added that bank cannot express
 	added []uint16
 	full  bool
+	kept  int // sets that the last sweep left
 }
 
 func (t *profileTable) init(limit uint16) {

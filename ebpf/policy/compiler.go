@@ -77,6 +77,7 @@ type endpoint struct {
 	ips      []netip.Addr
 	policies []*compiled
 	subject  *subject
+	written  *subject // that current is of
 	audit    bool
 	fresh    bool // the datapath knows nothing of it yet
 	class    map[netip.Addr]uint32

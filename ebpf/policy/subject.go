@@ -14,6 +14,7 @@ type subject struct {
 	rules    [2]ruleIndex
 	cells    [2][]uint16 // profile by class number
 	known    []*class    // the class that cells are of, by number
+	complete bool        // cells are those of all classes but the fresh ones
 }
 
 // ruleIndex finds the rules that a class's peers match.
@@ -109,14 +110,25 @@ func (c *Compiler) refresh(s *subject) {
 			s.cells[d] = append(s.cells[d], make([]uint16, n-len(s.cells[d]))...)
 		}
 	}
-	for id, k := range c.classes.byID {
-		if s.known[id] == k {
-			continue
+	if s.complete {
+		for _, k := range c.classes.fresh {
+			c.cellsOf(s, k)
 		}
-		s.known[id] = k
-		for d := range s.cells {
-			s.cells[d][id] = c.profile(s, Dir(d), k)
-		}
+		return
+	}
+	for _, k := range c.classes.byID {
+		c.cellsOf(s, k)
+	}
+	s.complete = true
+}
+
+func (c *Compiler) cellsOf(s *subject, k *class) {
+	if s.known[k.id] == k {
+		return
+	}
+	s.known[k.id] = k
+	for d := range s.cells {
+		s.cells[d][k.id] = c.profile(s, Dir(d), k)
 	}
 }
 

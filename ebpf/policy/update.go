@@ -2,6 +2,7 @@ package policy
 
 import (
 	"cmp"
+	"iter"
 	"maps"
 	"net/netip"
 	"slices"
@@ -39,6 +40,9 @@ func (c *Compiler) Graced() {
 // of those that came into use and lets go of the others'. It says whether
 // prefixes have to be looked at again.
 func (c *Compiler) selectPolicies(p *Plan) bool {
+	if len(c.dirty.endpoints)+len(c.dirty.policies) == 0 {
+		return c.dirty.cidrs
+	}
 	for id := range c.dirty.endpoints {
 		if c.endpoints[id] == nil {
 			p.Gone = append(p.Gone, id)
@@ -242,9 +246,7 @@ func (c *Compiler) moves(cidrs bool) []*move {
 		}
 		contents, lengths = contentsOf(blocks, c.services)
 		out = c.prefixMoves(contents, lengths)
-		for ip := range c.exact {
-			c.dirty.addrs[ip] = true
-		}
+		c.touchInside(out)
 	}
 	wanted := func(p netip.Prefix) (content, bool) {
 		if cidrs {
@@ -282,6 +284,20 @@ func (c *Compiler) moves(cidrs bool) []*move {
 		c.cidrs.lengths = mergeLengths(c.cidrs.lengths, lengths)
 	}
 	return out
+}
+
+// touchInside notes the addresses whose blocks may have changed with prefixes.
+func (c *Compiler) touchInside(changed []*move) {
+	const few = 64
+	for ip := range c.exact {
+		inside := len(changed) > few
+		for i := 0; i < len(changed) && !inside; i++ {
+			inside = changed[i].prefix.Contains(ip)
+		}
+		if inside {
+			c.dirty.addrs[ip] = true
+		}
+	}
 }
 
 // effective is the class that the prefixes in the datapath give an address.
@@ -481,7 +497,7 @@ func (c *Compiler) rows(p *Plan, leave map[*class]bool) {
 		if e.fresh || word != e.word {
 			p.Words = append(p.Words, EndpointWord{e.id, word})
 		}
-		e.word, e.fresh = word, false
+		e.word, e.fresh, e.written = word, false, e.subject
 	}
 	p.Grace = len(p.Late) > 0
 }
@@ -502,7 +518,8 @@ func (c *Compiler) cells(e *endpoint, d Dir, blank bool, leave map[*class]bool) 
 		e.current[d] = append(e.current[d], make([]uint16, n)...)
 	}
 	row := e.current[d]
-	for id, k := range c.classes.byID {
+	for k := range c.stale(e, blank) {
+		id := k.id
 		cell := Cell{id, want[id]}
 		switch {
 		case blank && (e.fresh || k.fresh || !leave[k]):
@@ -523,6 +540,15 @@ func (c *Compiler) cells(e *endpoint, d Dir, blank bool, leave map[*class]bool) 
 		row[id] = cell.Profile
 	}
 	return prepare, early, late
+}
+
+// stale yields the classes whose cells may not be what an endpoint's subject
+// wants: the fresh ones, or all when the subject is another.
+func (c *Compiler) stale(e *endpoint, blank bool) iter.Seq[*class] {
+	if blank || e.written != e.subject {
+		return maps.Values(c.classes.byID)
+	}
+	return slices.Values(c.classes.fresh)
 }
 
 // move plans the entries of addresses and prefixes and notes them as done.
@@ -611,12 +637,11 @@ func (c *Compiler) finish(p *Plan, moves []*move) {
 	for _, m := range moves {
 		left[m.from], left[m.to] = true, true
 	}
-	for k := range left {
+	for _, k := range c.classes.fresh {
 		k.fresh = false
+		left[k] = true
 	}
-	for _, k := range c.classes.byID {
-		k.fresh = false
-	}
+	c.classes.fresh = c.classes.fresh[:0]
 	c.classes.retire(left)
 	if c.dirty.cidrs || len(p.DeletePrefixes) > 0 {
 		c.cidrs.lengths = lengthsOf(c.cidrs.members)
@@ -652,6 +677,9 @@ func lengthsOf(members map[netip.Prefix]*member) [2][]int {
 }
 
 func (c *Compiler) sweepSubjects() {
+	if len(c.dirty.endpoints)+len(c.dirty.policies) == 0 {
+		return
+	}
 	used := map[*subject]bool{}
 	for _, e := range c.endpoints {
 		used[e.subject] = true
@@ -662,7 +690,7 @@ func (c *Compiler) sweepSubjects() {
 func (c *Compiler) sweepProfiles() {
 	t := &c.profiles
 	used := map[uint16]bool{}
-	if len(t.sets) < 64 && int(t.next) < int(t.limit)/2 {
+	if roomy := int(t.next) < int(t.limit)/2 || len(t.free) > 64; roomy && len(t.sets) <= max(64, 2*t.kept) {
 		return
 	}
 	for _, e := range c.endpoints {
@@ -672,6 +700,7 @@ func (c *Compiler) sweepProfiles() {
 			}
 		}
 	}
+	t.kept = len(used)
 	if len(t.sets) <= 2*len(used) && len(t.sets) < int(t.limit)/2 {
 		return
 	}

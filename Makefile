@@ -122,6 +122,10 @@ test-vm: deb test-deps ## test the package in a virtual machine (as root; ARGS=-
 	@$(GO) build -o build/vm/vm ./test/vm
 	@build/vm/vm -package '$(DEB)' $(ARGS)
 
+.PHONY: critest
+critest: build test-deps ## run the public CRI validation suite (as root; ARGS=-ginkgo.focus=...)
+	@$(GO) run ./test/critest -- $(ARGS)
+
 .PHONY: lint
 lint: deps ## go vet, gofmt, staticcheck, house rules
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); \

@@ -35,6 +35,11 @@ func CheckSandbox(c *runtimeapi.PodSandboxConfig, host HostInfo) error {
 	if user != nil && !host.IDMappedMounts {
 		return lacking("linux.security_context.namespace_options.userns_options.mode", "POD", "idmapped mounts (kernel 5.12)")
 	}
+	if user != nil && (opts.GetPid() == runtimeapi.NamespaceMode_NODE || opts.GetIpc() == runtimeapi.NamespaceMode_NODE) {
+		// Its root may mount neither proc nor mqueue of the host's namespaces.
+		return invalid("linux.security_context.namespace_options.userns_options.mode", "POD",
+			"NODE with the PID or IPC namespace of the node (pid %v, ipc %v)", opts.GetPid(), opts.GetIpc())
+	}
 	if sc.GetRunAsGroup() != nil && sc.GetRunAsUser() == nil {
 		return invalid("linux.security_context.run_as_group", sc.GetRunAsGroup().GetValue(), "unset without run_as_user")
 	}

@@ -41,7 +41,7 @@ func TestMounts(t *testing.T) {
 		mount(&runtimeapi.Mount{ContainerPath: "/rw", HostPath: rw}),
 		mount(&runtimeapi.Mount{ContainerPath: "/ro/deep/path", HostPath: ro, Readonly: true}),
 		mount(&runtimeapi.Mount{ContainerPath: "/etc/file", HostPath: file}),
-		mount(&runtimeapi.Mount{ContainerPath: "/link", HostPath: link}))
+		mount(&runtimeapi.Mount{ContainerPath: "/link", HostPath: link, MountOptions: []string{"noexec"}}))
 	equal(t, "file from the host", c.sh(t, "cat /rw/in"), "from host")
 	c.sh(t, "echo from container > /rw/out")
 	b, err := os.ReadFile(filepath.Join(rw, "out"))
@@ -51,6 +51,8 @@ func TestMounts(t *testing.T) {
 	contains(t, "write to a read-only mount", c.shFails(t, "touch /ro/deep/path/x"), "Read-only")
 	equal(t, "single file", c.sh(t, "cat /etc/file"), "single")
 	equal(t, "symbolic link as host path", c.sh(t, "cat /link/in"), "from host")
+	c.sh(t, "cp /bin/busybox /link/cat")
+	contains(t, "program on a noexec mount", c.shFails(t, "/link/cat in"), "Permission denied")
 	// A missing host path becomes a directory, as other runtimes have it.
 	made := filepath.Join(hostDir(t, "made"), "not", "yet")
 	p.run(t, mount(&runtimeapi.Mount{ContainerPath: "/m", HostPath: made})).sh(t, "touch /m/x")

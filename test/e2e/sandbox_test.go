@@ -7,6 +7,7 @@ import (
 	"testing"
 	"time"
 
+	"google.golang.org/grpc/codes"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
@@ -165,11 +166,25 @@ func TestUserNamespace(t *testing.T) {
 		s.RunAsUser = &runtimeapi.Int64Value{Value: 1000}
 	}))
 	equal(t, "run_as_user", two.sh(t, "id -u"), "1000")
+
+	// Status promises UserNamespacesHostNetwork.
+	h := runPod(t, userns(131072), nsOptions(func(o *runtimeapi.NamespaceOption) { o.Network = runtimeapi.NamespaceMode_NODE }))
+	c = h.run(t)
+	equal(t, "network of a host-network pod", c.sh(t, "readlink /proc/self/ns/net"), hostNS(t, "net"))
+	equal(t, "its uid_map", strings.Join(strings.Fields(c.sh(t, "cat /proc/self/uid_map")), " "), "0 131072 65536")
+	contains(t, "its sysfs", c.shFails(t, "echo 1 > /sys/kernel/mm/ksm/run"), "Read-only")
 }
 
 func TestUserNamespaceRefused(t *testing.T) {
 	m := func(host, length uint32) []*runtimeapi.IDMapping {
 		return []*runtimeapi.IDMapping{{HostId: host, Length: length}}
+	}
+	for name, mode := range map[string]podOption{
+		"host PID": nsOptions(func(o *runtimeapi.NamespaceOption) { o.Pid = runtimeapi.NamespaceMode_NODE }),
+		"host IPC": nsOptions(func(o *runtimeapi.NamespaceOption) { o.Ipc = runtimeapi.NamespaceMode_NODE }),
+	} {
+		_, err := shared.Runtime().RunPodSandbox(callCtx(t), &runtimeapi.RunPodSandboxRequest{Config: podConfig(t, userns(131072), mode)})
+		wantCode(t, name, err, codes.InvalidArgument)
 	}
 	for name, u := range map[string]*runtimeapi.UserNamespace{
 		"mode CONTAINER":      {Mode: runtimeapi.NamespaceMode_CONTAINER, Uids: m(1000, 10), Gids: m(1000, 10)},

@@ -345,8 +345,18 @@ func (m *mover) splice(src int) (int, error) {
 	var n int
 	var serr error
 	rerr := raw.Write(func(dst uintptr) bool {
-		n, serr = m.once(src, int(dst))
-		return serr != unix.EAGAIN || !readable(src)
+		for {
+			n, serr = m.once(src, int(dst))
+			switch {
+			case serr != unix.EAGAIN:
+				return true
+			case !ready(int(dst), unix.POLLOUT):
+				return false // woken when there is space
+			case !ready(src, unix.POLLIN):
+				return true // the caller waits for src
+			}
+			// Whichever was missing has come since: nothing will wake us for it.
+		}
 	})
 	if rerr != nil {
 		return 0, rerr
@@ -372,7 +382,7 @@ func (m *mover) once(src, dst int) (int, error) {
 
 // copyOnce reads only what surely fits into the pipe.
 func copyOnce(src, dst int) (int, error) {
-	if p := []unix.PollFd{{Fd: int32(dst), Events: unix.POLLOUT}}; poll(p) == 0 {
+	if !ready(dst, unix.POLLOUT) {
 		return 0, unix.EAGAIN
 	}
 	var b [4096]byte // PIPE_BUF: whole or not at all
@@ -383,8 +393,8 @@ func copyOnce(src, dst int) (int, error) {
 	return unix.Write(dst, b[:n])
 }
 
-func readable(fd int) bool {
-	return poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}) > 0
+func ready(fd int, events int16) bool {
+	return poll([]unix.PollFd{{Fd: int32(fd), Events: events}}) > 0
 }
 
 func poll(p []unix.PollFd) int {

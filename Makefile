@@ -123,8 +123,8 @@ test-vm: deb test-deps ## test the package in a virtual machine (as root; ARGS=-
 	@build/vm/vm -package '$(DEB)' $(ARGS)
 
 .PHONY: critest
-critest: build test-deps ## run the public CRI validation suite (as root; ARGS=-ginkgo.focus=...)
-	@$(GO) run ./test/critest -- $(ARGS)
+critest: build test-deps ## run the CRI validation suite CRITEST=file (as root; ARGS=-ginkgo.focus=...)
+	@$(GO) run ./test/critest -critest $(or $(CRITEST),critest) -- $(ARGS)
 
 .PHONY: lint
 lint: deps ## go vet, gofmt, staticcheck, house rules

@@ -1,13 +1,12 @@
 // Command critest runs the public CRI validation suite against a daemon of its
-// own, with images made here and served from a registry on loopback; nothing
-// of it is kept in this repository:
+// own, with images made here and served from a registry on loopback. The suite
+// itself, the program critest of cri-tools, is the caller's to bring:
 //
-//	critest                        fetch and build the suite, run all of it
-//	critest -- -ginkgo.focus=Exec  arguments for the suite
+//	critest -critest FILE                        run all of it
+//	critest -critest FILE -- -ginkgo.focus=Exec  arguments for the suite
 //
-// It needs root, bin/nodeagent, Debian's busybox-static, and once the Go module
-// proxy for the suite's source. The exit code is the suite's. It must not be
-// linked into the product.
+// It needs root, bin/nodeagent and Debian's busybox-static. The exit code is
+// the suite's. It must not be linked into the product.
 package main
 
 import (
@@ -26,8 +25,7 @@ import (
 )
 
 type options struct {
-	version string // of cri-tools
-	suite   string // a critest that is there already
+	suite   string // the program critest
 	build   string // directory for what is compiled
 	busybox string // for the images
 	args    []string
@@ -35,8 +33,7 @@ type options struct {
 
 func main() {
 	var o options
-	flag.StringVar(&o.version, "version", "v1.36.0", "`version` of "+module)
-	flag.StringVar(&o.suite, "critest", "", "a `binary` of the suite, instead of building it")
+	flag.StringVar(&o.suite, "critest", "critest", "the suite's `program`")
 	flag.StringVar(&o.build, "build", "build/critest", "`directory` for what is compiled")
 	flag.StringVar(&o.busybox, "busybox", images.DefaultBusybox, "static `busybox` for the images; with Debian's, the spec that masks /bin/ls is left out")
 	flag.Parse()
@@ -50,6 +47,13 @@ func main() {
 }
 
 func run(ctx context.Context, o options) (err error) {
+	suite, err := exec.LookPath(o.suite)
+	if err != nil {
+		return fmt.Errorf("find the suite (-critest, or make critest CRITEST=file): %w", err)
+	}
+	if suite, err = filepath.Abs(suite); err != nil {
+		return err
+	}
 	build, err := filepath.Abs(o.build)
 	if err != nil {
 		return err
@@ -77,12 +81,6 @@ func run(ctx context.Context, o options) (err error) {
 	if err != nil {
 		return err
 	}
-	if o.suite == "" {
-		digest := all[staging+"test-image-digest:latest"].Manifest.Desc.Digest.String()
-		if o.suite, err = buildSuite(ctx, build, o.version, digest); err != nil {
-			return fmt.Errorf("build the suite: %w", err)
-		}
-	}
 	server, err := serve(ctx, all, filepath.Join(work, "hosts"))
 	if err != nil {
 		return err
@@ -102,9 +100,9 @@ func run(ctx context.Context, o options) (err error) {
 	defer func() { err = errors.Join(err, n.Destroy(context.WithoutCancel(ctx))) }()
 
 	endpoint := "unix://" + n.Socket
-	suite := exec.CommandContext(ctx, o.suite, append([]string{"-runtime-endpoint", endpoint, "-image-endpoint", endpoint}, o.args...)...)
-	suite.Dir, suite.Stdout, suite.Stderr = work, os.Stdout, os.Stderr
-	if err := suite.Run(); err != nil {
+	cmd := exec.CommandContext(ctx, suite, append([]string{"-runtime-endpoint", endpoint, "-image-endpoint", endpoint}, o.args...)...)
+	cmd.Dir, cmd.Stdout, cmd.Stderr = work, os.Stdout, os.Stderr
+	if err := cmd.Run(); err != nil {
 		return fmt.Errorf("the suite: %w; the daemon's log ends:\n%s", err, n.LogTail(20))
 	}
 	return nil

@@ -57,6 +57,7 @@ const (
 	MaxEndpoints = 4096
 	maxProfiles  = 4096
 	portBlocks   = 3072
+	near         = 65536 // interfaces with lower numbers are found in an array
 	blockSize    = 128
 	rowCells     = 64
 	endpointSize = 64
@@ -69,7 +70,7 @@ type Datapath struct {
 	objs  naObjects
 	noTCX bool
 
-	endpoints, rows, ports, profiles, state []byte // mapped
+	endpoints, near, rows, ports, profiles, state []byte // mapped
 
 	eps   map[uint32]*endpoint
 	slab  slab
@@ -223,9 +224,9 @@ func (d *Datapath) prepare() error {
 		to   *[]byte
 		from *ciliumebpf.Map
 	}{
-		{&d.endpoints, d.objs.Endpoints}, {&d.rows, d.objs.Rows}, {&d.ports, d.objs.Ports}, {&d.profiles, d.objs.Profiles}, {&d.state, d.objs.State},
+		{&d.endpoints, d.objs.Endpoints}, {&d.near, d.objs.EpNear}, {&d.rows, d.objs.Rows}, {&d.ports, d.objs.Ports}, {&d.profiles, d.objs.Profiles}, {&d.state, d.objs.State},
 	} {
-		size := int(m.from.MaxEntries() * m.from.ValueSize())
+		size := int(m.from.MaxEntries() * max(8, m.from.ValueSize()))
 		size = (size + os.Getpagesize() - 1) &^ (os.Getpagesize() - 1)
 		mem, err := unix.Mmap(m.from.FD(), 0, size, unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED)
 		if err != nil {
@@ -256,12 +257,12 @@ func (d *Datapath) prepare() error {
 
 // Close lets go of the tables. What is attached and pinned goes on by itself.
 func (d *Datapath) Close() error {
-	for _, mem := range [][]byte{d.endpoints, d.rows, d.ports, d.profiles, d.state} {
+	for _, mem := range [][]byte{d.endpoints, d.near, d.rows, d.ports, d.profiles, d.state} {
 		if mem != nil {
 			_ = unix.Munmap(mem)
 		}
 	}
-	d.endpoints, d.rows, d.ports, d.profiles, d.state = nil, nil, nil, nil, nil
+	d.endpoints, d.near, d.rows, d.ports, d.profiles, d.state = nil, nil, nil, nil, nil, nil
 	return d.objs.Close()
 }
 

@@ -128,6 +128,7 @@ const (
 	naMapEpIf         = "ep_if"
 	naMapEpIp4        = "ep_ip4"
 	naMapEpIp6        = "ep_ip6"
+	naMapEpNear       = "ep_near"
 	naMapEvents       = "events"
 	naMapFrags        = "frags"
 	naMapPorts        = "ports"
@@ -212,6 +213,7 @@ type naMapSpecs struct {
 	EpIf      *ebpf.MapSpec `ebpf:"ep_if"`
 	EpIp4     *ebpf.MapSpec `ebpf:"ep_ip4"`
 	EpIp6     *ebpf.MapSpec `ebpf:"ep_ip6"`
+	EpNear    *ebpf.MapSpec `ebpf:"ep_near"`
 	Events    *ebpf.MapSpec `ebpf:"events"`
 	Frags     *ebpf.MapSpec `ebpf:"frags"`
 	Ports     *ebpf.MapSpec `ebpf:"ports"`
@@ -264,6 +266,7 @@ type naMaps struct {
 	EpIf      *ebpf.Map `ebpf:"ep_if"`
 	EpIp4     *ebpf.Map `ebpf:"ep_ip4"`
 	EpIp6     *ebpf.Map `ebpf:"ep_ip6"`
+	EpNear    *ebpf.Map `ebpf:"ep_near"`
 	Events    *ebpf.Map `ebpf:"events"`
 	Frags     *ebpf.Map `ebpf:"frags"`
 	Ports     *ebpf.Map `ebpf:"ports"`
@@ -286,6 +289,7 @@ func (m *naMaps) Close() error {
 		m.EpIf,
 		m.EpIp4,
 		m.EpIp6,
+		m.EpNear,
 		m.Events,
 		m.Frags,
 		m.Ports,

@@ -115,10 +115,19 @@ func (d *Datapath) Insert(id uint32, ifindex int, ips []netip.Addr) error {
 			return fmt.Errorf("note address %s: %w", ip, err)
 		}
 	}
+	if ifindex < near {
+		atomic.StoreUint32(d.nearby(ifindex), id+1)
+		return nil
+	}
 	if err := d.objs.EpIf.Put(uint32(ifindex), id); err != nil {
 		return fmt.Errorf("note interface %d: %w", ifindex, err)
 	}
 	return nil
+}
+
+// nearby is an interface's endpoint + 1. Array elements are 8 bytes apart at least.
+func (d *Datapath) nearby(ifindex int) *uint32 {
+	return (*uint32)(unsafe.Pointer(&d.near[8*ifindex]))
 }
 
 // Remove forgets an endpoint: nothing passes its interface any more.
@@ -127,7 +136,12 @@ func (d *Datapath) Remove(id uint32) error {
 	if e == nil {
 		return nil
 	}
-	err := d.objs.EpIf.Delete(uint32(e.ifindex))
+	var err error
+	if e.ifindex >= near {
+		err = d.objs.EpIf.Delete(uint32(e.ifindex))
+	} else if *d.nearby(e.ifindex) == id+1 {
+		atomic.StoreUint32(d.nearby(e.ifindex), 0)
+	}
 	atomic.StoreUint64(d.word(id), 0)
 	for _, ip := range e.ips {
 		var owner uint32

@@ -30,6 +30,7 @@ volatile const __u32 cfg_profiles = 4096;    /* profiles in a bank */
 #define ROW_CELLS 64
 #define PORT_BLOCKS 3072 /* 3 protocols, 64 ports a block */
 #define BITMAP 128
+#define NEAR 65536 /* interfaces with lower numbers are found in an array, others by hash */
 
 enum { WORLD = 1, CLASS_MASK = 0x7fffffff, CLASS_NODE = 1u << 31 };
 enum { P_DENY, P_ALLOW, P_DEFER, P_FIRST };
@@ -103,6 +104,7 @@ struct bitmap { __u8 bits[BITMAP]; };
 struct addr6 { __u32 a[4]; };
 
 MAP(ep_if, HASH, __u32, __u32, 4096, 0);
+MAP(ep_near, ARRAY, __u32, __u32, NEAR, BPF_F_MMAPABLE);
 MAP(endpoints, ARRAY, __u32, struct endpoint, 4096, BPF_F_MMAPABLE);
 MAP(ep_ip4, HASH, __u32, __u32, 8192, BPF_F_NO_PREALLOC);
 MAP(ep_ip6, HASH, struct addr6, __u32, 8192, BPF_F_NO_PREALLOC);
@@ -403,6 +405,25 @@ static __always_inline __u16 ethertype(struct __sk_buff *skb)
 	return ntohs(h->proto);
 }
 
+/* endpoint_of finds an interface's endpoint; its number goes to id. */
+static __always_inline struct endpoint *endpoint_of(__u32 ifindex, __u32 *id)
+{
+	__u32 *v;
+
+	if (ifindex < NEAR) { /* number + 1 */
+		v = bpf_map_lookup_elem(&ep_near, &ifindex);
+		if (!v || !*v)
+			return NULL;
+		*id = *v - 1;
+	} else {
+		v = bpf_map_lookup_elem(&ep_if, &ifindex);
+		if (!v)
+			return NULL;
+		*id = *v;
+	}
+	return bpf_map_lookup_elem(&endpoints, id);
+}
+
 static __always_inline __u32 class_of(const __u32 *addr, bool v6)
 {
 	__u32 *c, zero = 0;
@@ -434,8 +455,8 @@ static __always_inline __u32 source_class(struct packet *p, bool v6)
 	__u32 class = class_of(p->src, v6);
 
 	if (class & CLASS_NODE) {
-		__u32 in = p->ingress, *id = bpf_map_lookup_elem(&ep_if, &in);
-		struct endpoint *e = id ? bpf_map_lookup_elem(&endpoints, id) : NULL;
+		__u32 id;
+		struct endpoint *e = endpoint_of(p->ingress, &id);
 
 		if (e)
 			class = v6 ? e->class6 : e->class4;
@@ -833,8 +854,8 @@ static __always_inline int from_pod(struct __sk_buff *skb, struct packet *p, int
 /* deferred judges egress where the destination is known. */
 static __always_inline bool deferred_denied(struct packet *p, __u32 class)
 {
-	__u32 in = p->ingress, *id = bpf_map_lookup_elem(&ep_if, &in);
-	struct endpoint *e = id ? bpf_map_lookup_elem(&endpoints, id) : NULL;
+	__u32 id;
+	struct endpoint *e = endpoint_of(p->ingress, &id);
 	__u64 word;
 
 	if (!e)
@@ -894,7 +915,7 @@ static __always_inline int to_pod(struct __sk_buff *skb, struct packet *p, int p
 static __always_inline int pod_hook(struct __sk_buff *skb, bool out)
 {
 	struct packet p;
-	__u32 *id;
+	__u32 id = 0;
 	struct endpoint *e;
 	__u16 type = ethertype(skb);
 	int parsed = NOT_IP;
@@ -902,8 +923,7 @@ static __always_inline int pod_hook(struct __sk_buff *skb, bool out)
 	start(skb, &p);
 	if (type == ETH_P_ARP)
 		return ALLOW;
-	id = bpf_map_lookup_elem(&ep_if, &p.ifindex);
-	e = id ? bpf_map_lookup_elem(&endpoints, id) : NULL;
+	e = endpoint_of(p.ifindex, &id);
 	if (!e) {
 		if (!out && p.ingress == 0)
 			return ALLOW;
@@ -911,11 +931,11 @@ static __always_inline int pod_hook(struct __sk_buff *skb, bool out)
 	}
 	if (type == ETH_P_IPV6) {
 		parsed = parse6(skb, &p);
-		return out ? from_pod(skb, &p, parsed, e, *id, true) : to_pod(skb, &p, parsed, e, *id, true);
+		return out ? from_pod(skb, &p, parsed, e, id, true) : to_pod(skb, &p, parsed, e, id, true);
 	}
 	if (type == ETH_P_IP)
 		parsed = parse4(skb, &p);
-	return out ? from_pod(skb, &p, parsed, e, *id, false) : to_pod(skb, &p, parsed, e, *id, false);
+	return out ? from_pod(skb, &p, parsed, e, id, false) : to_pod(skb, &p, parsed, e, id, false);
 }
 
 SEC("tc")

@@ -98,7 +98,7 @@ type Network struct {
 
 // Policy configures how NetworkPolicy is enforced.
 type Policy struct {
-	Mode            string         `yaml:"mode" allowed:"off,enforce" doc:"enforce: no pod starts before its policy is in force. off: nothing is loaded; what an earlier daemon attached is not removed."`
+	Mode            string         `yaml:"mode" allowed:"off,enforce" doc:"enforce: no pod starts before its policy is in force. off: nothing is loaded, and what an earlier daemon left in force is removed."`
 	Dir             string         `yaml:"dir" doc:"Directory with NetworkPolicies, Namespaces and Pods (labels, named ports) as YAML; watched."`
 	BPFFS           string         `yaml:"bpffs" doc:"BPF filesystem for what has to survive the daemon; mounted there if it is not."`
 	Uplinks         []string       `yaml:"uplinks" doc:"Patterns of the names of the host's NICs. Empty: those of the default routes."`

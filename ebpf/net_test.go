@@ -560,6 +560,12 @@ ingress: [{from: [{podSelector: {matchLabels: {app: b}}}]}]`)}
 		s.table("engine back", "a b yes\nc b no")
 	}
 	cancel()
+	defer func() {
+		s.stop()
+		must(t, Clear(s.fs, ""))
+		time.Sleep(500 * time.Millisecond) // the kernel lets go of links in its own time
+		s.table("cleared", "c b yes")
+	}()
 	if err := <-flaps; err != nil {
 		t.Error(err)
 	}

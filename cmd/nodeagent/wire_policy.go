@@ -20,18 +20,20 @@ import (
 	"github.com/nodeagent/nodeagent/ebpf/source"
 )
 
-// newPolicy builds the policy engine, nil when it is off.
+// newPolicy builds the policy engine, nil when it is off. What an earlier
+// daemon left to enforce policy by itself goes then: its tables would grow old.
 func newPolicy(cfg config.Config, log *slog.Logger) (*ebpf.Engine, error) {
 	p := cfg.Policy
+	name := "nodeagent-" + cfg.Network.Name
 	if p.Mode != "enforce" {
-		return nil, nil
+		return nil, ebpf.Clear(p.BPFFS, name)
 	}
 	uplinks := p.Uplinks
 	if len(uplinks) == 0 {
 		uplinks = nil
 	}
 	return ebpf.New(ebpf.Config{
-		BPFFS: p.BPFFS, Name: "nodeagent-" + cfg.Network.Name, Uplinks: uplinks, Services: p.ServiceCIDRs, Audit: p.AuditNamespaces,
+		BPFFS: p.BPFFS, Name: name, Uplinks: uplinks, Services: p.ServiceCIDRs, Audit: p.AuditNamespaces,
 		Source:   directory{source.NewDir(p.Dir, log)},
 		Datapath: datapath.Config{Strict: p.Strict, KeepEstablished: p.KeepEstablished},
 		Log:      log,

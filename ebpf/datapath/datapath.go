@@ -24,11 +24,12 @@ type Config struct {
 	Dir string
 	// Mark is the bit of the packet mark that this package may use. 1<<20.
 	Mark uint32
-	// Conntrack is the number of flows kept, for each family. 65536.
+	// Conntrack is the number of flows kept, for each family. 32768, 7 MB in all.
 	Conntrack uint32
 	// Peers is the number of addresses of pods, for each family. 131072.
 	Peers uint32
-	// RowBlocks is the size of the row table in blocks of 128 bytes. 65536, the most
+	// RowBlocks is the size of the row table in blocks of 128 bytes. 32768, 4 MB: 110
+	// pods with 8192 classes of peers, or fewer with more; the most
 	// that can be addressed is 1<<20.
 	RowBlocks uint32
 	// Strict lets TCP answers pass only with a conntrack entry.
@@ -43,9 +44,9 @@ type Config struct {
 
 func (c *Config) defaults() {
 	c.Mark = cmp.Or(c.Mark, 1<<20)
-	c.Conntrack = cmp.Or(c.Conntrack, 65536)
+	c.Conntrack = cmp.Or(c.Conntrack, 32768)
 	c.Peers = cmp.Or(c.Peers, 131072)
-	c.RowBlocks = cmp.Or(c.RowBlocks, 65536)
+	c.RowBlocks = cmp.Or(c.RowBlocks, 32768)
 	c.Events = cmp.Or(c.Events, 100)
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -43,14 +44,15 @@ func demoCommand(t *testing.T, args ...string) *exec.Cmd {
 		t.Fatal(err)
 	}
 	t.Cleanup(func() { os.RemoveAll(dir) })
+	pid := os.Getpid() // several checkouts may be tested at the same time
 	text := `apiVersion: nodeagent.dev/v1
 kind: Config
 root: ` + dir + `/root
 state: ` + dir + `/state
 network:
-  name: nademo
+  name: ` + fmt.Sprintf("nd%d", pid%100000) + `
   cniConfDir: ` + dir + `/cni
-  podCIDRs: [10.119.64.0/24, "fd6e:6f64:6561:77::/64"]
+  podCIDRs: [` + fmt.Sprintf("10.119.%d.0/24, \"fd6e:6f64:6561:%x::/64\"", pid%256, pid%65536) + `]
 `
 	path := filepath.Join(dir, "config.yaml")
 	if err := os.WriteFile(path, []byte(text), 0o600); err != nil {

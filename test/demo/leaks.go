@@ -23,8 +23,8 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// cgroupName is the group that the demo's pod runs under.
-const cgroupName = "nodeagent-demo"
+// cgroupName is the group that the pod of this demo runs under.
+func cgroupName() string { return fmt.Sprintf("nodeagent-demo-%d", os.Getpid()) }
 
 // snapshot is what of the kernel a nodeagent could hold: kind -> names. Only
 // objects that bear a mark of this configuration count, since other programs
@@ -94,7 +94,7 @@ func routesAndAddresses(c config.Config) (routes, addrs []string) {
 
 // cgroupsOf finds the groups that bear our name in one hierarchy.
 func cgroupsOf(root string, c config.Config) []string {
-	names := []string{cgroupName, cgroupName + ".slice", c.Network.Name, c.Network.Name + ".slice"}
+	names := []string{cgroupName(), strings.ReplaceAll(cgroupName(), "-", "_") + ".slice", c.Network.Name, c.Network.Name + ".slice"}
 	var found []string
 	filepath.WalkDir(root, func(path string, d fs.DirEntry, err error) error {
 		if err == nil && d.IsDir() && slices.Contains(names, d.Name()) {

@@ -117,9 +117,10 @@ func (d *demo) cgroupParent(ctx context.Context) (string, error) {
 		return "", err
 	}
 	if c.Linux.GetCgroupDriver() == runtimeapi.CgroupDriver_SYSTEMD {
-		return cgroupName + ".slice", nil
+		// A dash makes a slice within another.
+		return strings.ReplaceAll(cgroupName(), "-", "_") + ".slice", nil
 	}
-	return "/" + cgroupName, nil
+	return "/" + cgroupName(), nil
 }
 
 // get asks the pod's web server, which may need a moment to listen.

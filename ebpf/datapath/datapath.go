@@ -79,7 +79,6 @@ type Datapath struct {
 	bank  uint32
 	flip  time.Time // when the bank was changed
 	old   []chunk   // to be freed after a grace period
-	cidrs [2]int    // entries in the tries
 }
 
 type endpoint struct {

@@ -45,8 +45,6 @@ func (w *World) labels() map[string]string {
 	return out
 }
 
-func (w *World) space() string { return fmt.Sprintf("ns%d", w.R.IntN(w.Space)) }
-
 // Cluster makes a whole cluster.
 func (w *World) Cluster() *objects.Cluster {
 	c := &objects.Cluster{Node: []netip.Addr{netip.MustParseAddr("10.9.0.1"), netip.MustParseAddr("fd00:9::1")}}

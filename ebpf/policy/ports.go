@@ -64,15 +64,6 @@ func (s PortSet) key() string {
 	return string(b)
 }
 
-func (s PortSet) contains(proto uint8, port uint16) bool {
-	for _, r := range s.Ranges {
-		if r.Proto == proto && r.First <= port && port <= r.Last {
-			return true
-		}
-	}
-	return false
-}
-
 // Bank is a whole port table: a port class for each port of each protocol.
 // Class 0 is no port's.
 type Bank struct {

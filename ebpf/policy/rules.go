@@ -29,14 +29,13 @@ type name struct {
 
 // peerSpec is what a peer of a rule says, before it has a number.
 type peerSpec struct {
-	key      string // equal peers have equal keys
-	ns       string // pods of this namespace only, unless anyNS
-	anyNS    bool
-	nsSel    selector
-	podSel   selector
-	block    netip.Prefix // valid: an ipBlock
-	excepts  []netip.Prefix
-	unusable bool // matches nothing
+	key     string // equal peers have equal keys
+	ns      string // pods of this namespace only, unless anyNS
+	anyNS   bool
+	nsSel   selector
+	podSel  selector
+	block   netip.Prefix // valid: an ipBlock
+	excepts []netip.Prefix
 }
 
 type rule struct {

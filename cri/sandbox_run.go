@@ -50,7 +50,6 @@ func (s *Server) checkHandler(name string) error {
 func (s *Server) makeSandbox(ctx context.Context, key string, r *runtimeapi.RunPodSandboxRequest, maps *spec.IDMaps) (_ made, err error) {
 	id := newID()
 	s.phase(ctx, "RunPodSandbox/begin", id)
-	s.cfg.Cgroups.ExpectProcess()
 	parent, err := s.cfg.Cgroups.PodParent(r.GetConfig().GetLinux().GetCgroupParent(), id)
 	if err != nil {
 		return made{}, err
@@ -155,6 +154,8 @@ func (s *Server) buildSandbox(ctx context.Context, b *sandbox, maps *spec.IDMaps
 		if err := s.cfg.Cgroups.EnsurePod(ctx, rec.CgroupParent, limits); err != nil {
 			return err
 		}
+		// Not before: while the kernel waits, groups cannot be made.
+		s.cfg.Cgroups.ExpectProcess()
 		u.push("remove pod cgroup", func(ctx context.Context) error { return s.cfg.Cgroups.RemovePod(ctx, rec.CgroupParent) })
 		s.phase(ctx, "RunPodSandbox/cgroup", rec.ID)
 		u.push("remove sandbox files", func(context.Context) error { return removeSandboxFiles(rec.Dir) })

@@ -83,8 +83,17 @@ func serveAdmin(ctx context.Context, path string, source imageSource, log *slog.
 			return source.Import(ctx, req.Path, images.ImportOptions{Name: req.Name, Progress: report})
 		})
 	})
+	if err := serveSocket(ctx, ln, mux, log); err != nil {
+		return fmt.Errorf("serve admin socket %s: %w", path, err)
+	}
+	return nil
+}
+
+// serveSocket answers on ln until ctx ends, and waits for the requests it has
+// taken, which end with ctx too.
+func serveSocket(ctx context.Context, ln net.Listener, h http.Handler, log *slog.Logger) error {
 	server := &http.Server{
-		Handler:           mux,
+		Handler:           h,
 		BaseContext:       func(net.Listener) context.Context { return ctx },
 		ReadHeaderTimeout: 10 * time.Second,
 		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
@@ -94,14 +103,14 @@ func serveAdmin(ctx context.Context, path string, source imageSource, log *slog.
 		defer close(closed)
 		server.Shutdown(context.WithoutCancel(ctx)) // no deadline, so nothing but a closed listener's error
 	})
-	err = server.Serve(ln)
+	err := server.Serve(ln)
 	if !stop() {
 		<-closed
 	}
 	if errors.Is(err, http.ErrServerClosed) {
 		return nil
 	}
-	return fmt.Errorf("serve admin socket %s: %w", path, err)
+	return err
 }
 
 // listenPrivate makes a unix socket that only root can connect to, in place

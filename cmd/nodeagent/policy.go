@@ -14,7 +14,6 @@ import (
 	"strconv"
 	"strings"
 	"text/tabwriter"
-	"time"
 
 	"github.com/nodeagent/nodeagent/ebpf"
 	"github.com/spf13/cobra"
@@ -81,25 +80,10 @@ func servePolicy(ctx context.Context, path string, engine *ebpf.Engine, log *slo
 			}
 		}
 	})
-	server := &http.Server{
-		Handler:           mux,
-		BaseContext:       func(net.Listener) context.Context { return ctx },
-		ReadHeaderTimeout: 10 * time.Second,
-		ErrorLog:          slog.NewLogLogger(log.Handler(), slog.LevelWarn),
+	if err := serveSocket(ctx, ln, mux, log); err != nil {
+		return fmt.Errorf("serve policy socket %s: %w", path, err)
 	}
-	closed := make(chan struct{})
-	stop := context.AfterFunc(ctx, func() {
-		defer close(closed)
-		server.Shutdown(context.WithoutCancel(ctx)) // requests end with ctx
-	})
-	err = server.Serve(ln)
-	if !stop() {
-		<-closed
-	}
-	if errors.Is(err, http.ErrServerClosed) {
-		return nil
-	}
-	return fmt.Errorf("serve policy socket %s: %w", path, err)
+	return nil
 }
 
 func reply(w http.ResponseWriter, out any, err error) {

@@ -10,6 +10,7 @@ import (
 	"log/slog"
 	"os"
 	"os/exec"
+	"runtime"
 	"strings"
 	"testing"
 	"time"
@@ -45,6 +46,8 @@ type applied struct {
 }
 
 func apply() {
+	// As libcontainer's init: the filter is put on the calling thread alone.
+	runtime.LockOSThread()
 	var p configs.Seccomp
 	var a applied
 	if err := json.NewDecoder(os.Stdin).Decode(&p); err != nil {
@@ -65,7 +68,7 @@ func apply() {
 	if _, err := unix.FcntlInt(0, 424242, 0); err != nil {
 		a.Clone = err.Error()
 	}
-	status, _ := os.ReadFile("/proc/self/status")
+	status, _ := os.ReadFile("/proc/thread-self/status")
 	a.FilterSet = bytes.Contains(status, []byte("Seccomp:\t2"))
 	json.NewEncoder(os.Stdout).Encode(a)
 	os.Exit(0)

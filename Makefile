@@ -50,8 +50,8 @@ define packages
 	command -v apt-get >/dev/null || { echo "please install what your system calls these Debian packages: $$missing" >&2; exit 0; }; \
 	sudo=; [ "$$(id -u)" = 0 ] || sudo=sudo; \
 	echo "installing $$missing"; \
-	install="$$sudo env DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $$missing"; \
-	$$install >/dev/null 2>&1 || { $$sudo apt-get update -qq && $$install >/dev/null; } || \
+	install="$$sudo env DEBIAN_FRONTEND=noninteractive apt-get -o DPkg::Lock::Timeout=600 install -y -qq --no-install-recommends $$missing"; \
+	$$install >/dev/null 2>&1 || { $$sudo apt-get -o DPkg::Lock::Timeout=600 update -qq && $$install >/dev/null; } || \
 	{ echo "cannot install $$missing" >&2; $(or $(2),exit 1); }
 endef
 

@@ -148,6 +148,9 @@ func (m *Manager) Close() error { return errors.Join(m.builtin.Close(), m.exec.h
 // Run does the background work (deletion of links, sweep of records) until ctx ends.
 func (m *Manager) Run(ctx context.Context) error { return m.builtin.Run(ctx) }
 
+// Alive returns once Run has come round. An error means that it did not before ctx ended.
+func (m *Manager) Alive(ctx context.Context) error { return m.builtin.Alive(ctx) }
+
 // Setup connects the sandbox. All or nothing: if it fails, or ctx ends, everything is undone before it returns.
 //
 // Errors: ResourceExhausted without a free address; AlreadyExists for a host port that another pod has, or

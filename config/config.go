@@ -35,7 +35,8 @@ const (
 //
 // Tags: yaml = name in the file; doc = what it means; allowed = closed choice;
 // unit = "bytes" (accepts 16384, 16KiB, 4MiB); derived = the default is
-// computed from other fields when the value is empty.
+// computed from other fields when the value is empty; reload = "live": a
+// running daemon takes it over (see Reload).
 type Config struct {
 	APIVersion string `yaml:"apiVersion" allowed:"nodeagent.dev/v1"`
 	Kind       string `yaml:"kind" allowed:"Config"`
@@ -53,7 +54,7 @@ type Config struct {
 
 // Log chooses how much is logged and in which shape.
 type Log struct {
-	Level  string `yaml:"level" allowed:"debug,info,warn,error" doc:"The least severe line that is written."`
+	Level  string `yaml:"level" allowed:"debug,info,warn,error" reload:"live" doc:"The least severe line that is written."`
 	Format string `yaml:"format" allowed:"auto,text,json" doc:"auto is text, with journal priorities instead of times under systemd."`
 }
 
@@ -78,11 +79,11 @@ type Streaming struct {
 
 // Images configures pulls and the image store.
 type Images struct {
-	RegistryConfigDirs   []string      `yaml:"registryConfigDirs" doc:"Directories with <registry host>/hosts.toml files (containerd's format): mirrors, certificates."`
-	MaxParallelDownloads int           `yaml:"maxParallelDownloads" doc:"Layers of one image fetched at the same time."`
+	RegistryConfigDirs   []string      `yaml:"registryConfigDirs" reload:"live" doc:"Directories with <registry host>/hosts.toml files (containerd's format): mirrors, certificates."`
+	MaxParallelDownloads int           `yaml:"maxParallelDownloads" reload:"live" doc:"Layers of one image fetched at the same time."`
 	MaxParallelUnpacks   int           `yaml:"maxParallelUnpacks" doc:"Layers of one image unpacked at the same time."`
-	Pinned               []string      `yaml:"pinned" doc:"Image references that are never garbage-collected."`
-	ProgressTimeout      time.Duration `yaml:"progressTimeout" doc:"A pull that receives nothing for this long fails."`
+	Pinned               []string      `yaml:"pinned" reload:"live" doc:"Image references that are never garbage-collected."`
+	ProgressTimeout      time.Duration `yaml:"progressTimeout" reload:"live" doc:"A pull that receives nothing for this long fails."`
 }
 
 // Network configures the built-in network and where foreign CNI plugins are.
@@ -101,7 +102,7 @@ type Policy struct {
 	Mode            string         `yaml:"mode" allowed:"off,enforce" doc:"enforce: no pod starts before its policy is in force. off: nothing is loaded, and what an earlier daemon left in force is removed."`
 	Dir             string         `yaml:"dir" doc:"Directory with NetworkPolicies, Namespaces and Pods (labels, named ports) as YAML; watched."`
 	BPFFS           string         `yaml:"bpffs" doc:"BPF filesystem for what has to survive the daemon; mounted there if it is not."`
-	Uplinks         []string       `yaml:"uplinks" doc:"Patterns of the names of the host's NICs. Empty: those of the default routes."`
+	Uplinks         []string       `yaml:"uplinks" reload:"live" doc:"Patterns of the names of the host's NICs. Empty: those of the default routes."`
 	ServiceCIDRs    []netip.Prefix `yaml:"serviceCIDRs" doc:"Ranges of service addresses. Egress to them is judged by the pod that the connection is translated to."`
 	AuditNamespaces []string       `yaml:"auditNamespaces" doc:"Namespaces whose pods' packets are judged and told of, but not dropped."`
 	KeepEstablished bool           `yaml:"keepEstablished" doc:"Connections go on when a policy no longer allows them. Otherwise they are cut at once."`

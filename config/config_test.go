@@ -3,6 +3,7 @@ package config
 import (
 	"encoding/json"
 	"errors"
+	"net/netip"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -150,4 +151,29 @@ func FuzzParse(f *testing.F) {
 			t.Errorf("%v: %+v and again %+v", err, c, again)
 		}
 	})
+}
+
+// TestReload: what is live is taken over, the rest is named and kept.
+func TestReload(t *testing.T) {
+	from, to := Default(), Default()
+	if got, changes := from.Reload(to); len(changes) != 0 || !reflect.DeepEqual(got, from) {
+		t.Errorf("nothing changed, but %v", changes)
+	}
+	to.Log.Level, to.Log.Format = "debug", "json"
+	to.Network.PodCIDRs = []netip.Prefix{netip.MustParsePrefix("10.9.0.0/16")}
+	to.Policy.Uplinks = []string{"eth*"}
+	to.Policy.AuditNamespaces = nil // as good as none
+	got, changes := from.Reload(to)
+	want := []Change{{"log.level", true}, {"log.format", false}, {"network.podCIDRs", false}, {"policy.uplinks", true}}
+	if !reflect.DeepEqual(changes, want) {
+		t.Errorf("changes %v, want %v", changes, want)
+	}
+	merged := from
+	merged.Log.Level, merged.Policy.Uplinks = "debug", []string{"eth*"}
+	if !reflect.DeepEqual(got, merged) {
+		t.Errorf("in force is\n%s", got.Document())
+	}
+	if !reflect.DeepEqual(from, Default()) {
+		t.Error("the old one was changed")
+	}
 }

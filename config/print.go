@@ -80,6 +80,9 @@ func (p *printer) comment(tag reflect.StructTag, indent string) {
 	if d := tag.Get("derived"); d != "" {
 		doc += " Default: " + d + "."
 	}
+	if isLive(tag) {
+		doc += " A reload applies it."
+	}
 	for _, line := range wrap(doc, 78-len(indent)) {
 		fmt.Fprintf(&p.out, "%s# %s\n", indent, line)
 	}

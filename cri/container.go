@@ -287,6 +287,7 @@ func (s *Server) exitLoop(ctx context.Context) {
 				s.exited(e)
 			}
 			ready, early = nil, nil
+		case <-s.alive:
 		case e, ok := <-s.cfg.Runtime.Exits():
 			switch {
 			case !ok:
@@ -297,6 +298,17 @@ func (s *Server) exitLoop(ctx context.Context) {
 				s.exited(e)
 			}
 		}
+	}
+}
+
+// Alive returns once the loop that takes exits has come round. An error means
+// that it did not before ctx ended.
+func (s *Server) Alive(ctx context.Context) error {
+	select {
+	case s.alive <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("wait for the loop that takes exits: %w", context.Cause(ctx))
 	}
 }
 

@@ -25,9 +25,10 @@ const MaxMessage = 16 << 20
 
 // Config of a Server. Everything without a remark is required.
 type Config struct {
-	Socket string // path of the unix socket
-	State  string // directory that dies with the boot
-	Root   string // directory that survives it
+	Socket string                                  // path of the unix socket
+	Listen func(path string) (net.Listener, error) // nil: a new socket in place of a dead one
+	State  string                                  // directory that dies with the boot
+	Root   string                                  // directory that survives it
 
 	BootIDPath string    // "": the kernel's
 	Handlers   []Handler // besides the default one
@@ -78,6 +79,7 @@ type Server struct {
 	life    context.Context // ends with Run; background work of containers
 	endLife context.CancelFunc
 	work    sync.WaitGroup  // background work of containers
+	alive   chan struct{}   // taken by exitLoop, see Alive
 	ready   chan struct{}   // closed when Recover is done
 	refused map[string]bool // IDs of records that cannot be read; set by Recover
 }
@@ -103,6 +105,9 @@ func New(cfg Config) (*Server, error) {
 	if cfg.BootIDPath == "" {
 		cfg.BootIDPath = "/proc/sys/kernel/random/boot_id"
 	}
+	if cfg.Listen == nil {
+		cfg.Listen = Listen
+	}
 	if cfg.ExecMaxOutput <= 0 || cfg.ExecMaxOutput > MaxMessage {
 		cfg.ExecMaxOutput = MaxMessage
 	}
@@ -122,6 +127,7 @@ func New(cfg Config) (*Server, error) {
 		containerNames: newNames("container", cfg.Log),
 		events:         newBroadcaster(),
 		janitor:        newJanitor(cfg.Log),
+		alive:          make(chan struct{}),
 		ready:          make(chan struct{}), refused: map[string]bool{},
 	}
 	s.life, s.endLife = context.WithCancel(context.Background())
@@ -165,7 +171,7 @@ func (s *Server) Serve(ctx context.Context, onReady func()) error {
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	ln, err := listen(s.cfg.Socket)
+	ln, err := s.cfg.Listen(s.cfg.Socket)
 	if err != nil {
 		return err
 	}
@@ -200,9 +206,9 @@ func (s *Server) Serve(ctx context.Context, onReady func()) error {
 	return nil
 }
 
-// listen makes the socket. A dead one of an earlier process is replaced; the
+// Listen makes the CRI's socket at path. A dead one of an earlier process is replaced; the
 // records' lock already keeps a second daemon away.
-func listen(path string) (net.Listener, error) {
+func Listen(path string) (net.Listener, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o711); err != nil {
 		return nil, fmt.Errorf("listen on %s: %w", path, err)
 	}

@@ -111,11 +111,7 @@ func New(cfg Config) (*Engine, error) {
 	if filepath.Base(cfg.Name) != cfg.Name {
 		errs = append(errs, fmt.Errorf("name %q: not a file's name: %w", cfg.Name, errdefs.ErrInvalidArgument))
 	}
-	for _, p := range cfg.Uplinks {
-		if _, err := filepath.Match(p, ""); err != nil {
-			errs = append(errs, fmt.Errorf("uplink %q: %w", p, errors.Join(err, errdefs.ErrInvalidArgument)))
-		}
-	}
+	errs = append(errs, checkUplinks(cfg.Uplinks))
 	for _, s := range cfg.Services {
 		if !s.IsValid() {
 			errs = append(errs, fmt.Errorf("service range %q: %w", s, errdefs.ErrInvalidArgument))
@@ -126,6 +122,16 @@ func New(cfg Config) (*Engine, error) {
 	}
 	cfg.Datapath.Log = cfg.Log
 	return &Engine{cfg: cfg, calls: make(chan call), sample: make(chan flows.Event, 1), ended: make(chan struct{}), subscribers: map[chan Flow]bool{}, names: map[uint32]objects.PodKey{}}, nil
+}
+
+func checkUplinks(patterns []string) error {
+	var errs []error
+	for _, p := range patterns {
+		if _, err := filepath.Match(p, ""); err != nil {
+			errs = append(errs, fmt.Errorf("uplink %q: %w", p, errors.Join(err, errdefs.ErrInvalidArgument)))
+		}
+	}
+	return errors.Join(errs...)
 }
 
 // Run loads the programs and enforces until ctx ends. What is attached stays.
@@ -285,6 +291,29 @@ func (e *Engine) Status(ctx context.Context) (Status, error) {
 		return err
 	})
 	return out, err
+}
+
+// SetUplinks replaces Config.Uplinks and returns when the programs are on the
+// NICs that match. Those that match no longer pass everything.
+//
+// Errors: InvalidArgument for a pattern; nothing is changed.
+func (e *Engine) SetUplinks(ctx context.Context, patterns []string) error {
+	if err := checkUplinks(patterns); err != nil {
+		return err
+	}
+	return e.call(ctx, false, func(s *state) error {
+		s.cfg.Uplinks, s.changed = patterns, true
+		if s.ready {
+			s.attachUplinks()
+		}
+		return nil
+	})
+}
+
+// Alive returns once Run's goroutine has come round. An error means that it
+// did not before ctx ended.
+func (e *Engine) Alive(ctx context.Context) error {
+	return e.call(ctx, false, func(*state) error { return nil })
 }
 
 // Flow is an event and the local pod that it is about.

@@ -20,11 +20,13 @@ import (
 )
 
 // The admin socket carries what the CRI has no call for: pulls that report
-// progress and imports of archives. It is HTTP with one JSON object in and a
-// stream of JSON lines (adminEvent) out. Only root can open the socket.
+// progress, imports of archives, reloads of the configuration. It is HTTP with
+// one JSON object in and a stream of JSON lines (adminEvent) out, of a reload
+// one object (reloaded). Only root can open the socket.
 const (
 	adminPull   = "/v1/images/pull"
 	adminImport = "/v1/images/import"
+	adminReload = "/v1/reload"
 )
 
 // pullRequest is the body of adminPull.
@@ -61,7 +63,7 @@ type imageSource interface {
 
 // serveAdmin answers on the socket at path until ctx ends, and waits for the
 // requests it has taken, which end with ctx too.
-func serveAdmin(ctx context.Context, path string, source imageSource, log *slog.Logger) error {
+func serveAdmin(ctx context.Context, path string, source imageSource, reload http.Handler, log *slog.Logger) error {
 	ln, err := listenPrivate(path)
 	if err != nil {
 		return err
@@ -83,6 +85,7 @@ func serveAdmin(ctx context.Context, path string, source imageSource, log *slog.
 			return source.Import(ctx, req.Path, images.ImportOptions{Name: req.Name, Progress: report})
 		})
 	})
+	mux.Handle("POST "+adminReload, reload)
 	if err := serveSocket(ctx, ln, mux, log); err != nil {
 		return fmt.Errorf("serve admin socket %s: %w", path, err)
 	}

@@ -18,15 +18,25 @@ import (
 // callAdmin sends req to the admin socket and calls report with each progress
 // until the outcome has come. Cancelling ctx cancels the work in the daemon.
 func callAdmin(ctx context.Context, socket, path string, req any, report func(images.Progress)) ([]adminImage, error) {
-	body, err := json.Marshal(req)
+	body, err := postAdmin(ctx, socket, path, req)
+	if err != nil {
+		return nil, err
+	}
+	defer body.Close()
+	return readEvents(body, report)
+}
+
+// postAdmin sends req to the admin socket and returns what is answered; the
+// caller closes it.
+func postAdmin(ctx context.Context, socket, path string, req any) (io.ReadCloser, error) {
+	data, err := json.Marshal(req)
 	if err != nil {
 		return nil, fmt.Errorf("encode request: %w", err)
 	}
-	transport := &http.Transport{DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
+	transport := &http.Transport{DisableKeepAlives: true, DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 		return (&net.Dialer{}).DialContext(ctx, "unix", socket)
 	}}
-	defer transport.CloseIdleConnections()
-	post, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://admin"+path, bytes.NewReader(body))
+	post, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://admin"+path, bytes.NewReader(data))
 	if err != nil {
 		return nil, fmt.Errorf("make request: %w", err)
 	}
@@ -36,13 +46,12 @@ func callAdmin(ctx context.Context, socket, path string, req any, report func(im
 		return nil, noDaemon(socket)
 	case err != nil:
 		return nil, fmt.Errorf("ask the daemon: %w", err)
-	}
-	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
+	case resp.StatusCode != http.StatusOK:
+		defer resp.Body.Close()
 		why, _ := io.ReadAll(io.LimitReader(resp.Body, 4096))
 		return nil, fmt.Errorf("the daemon refuses: %s", strings.TrimSpace(string(why)))
 	}
-	return readEvents(resp.Body, report)
+	return resp.Body, nil
 }
 
 func readEvents(r io.Reader, report func(images.Progress)) ([]adminImage, error) {

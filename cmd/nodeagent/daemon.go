@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"net"
 	"net/netip"
 	"os"
@@ -29,8 +28,9 @@ import (
 
 // node is everything that runs, in the order in which it is built.
 type node struct {
-	log     *slog.Logger
-	cfg     config.Config
+	log     logging
+	cfg     config.Config // as it was at the start
+	reloads *reloader
 	close   []func() error // in order of building
 	shim    *shim.Client
 	runtime *runtimeOf
@@ -42,15 +42,18 @@ type node struct {
 	cri     *cri.Server
 	streams *stream.Server
 	metrics *metrics.Exposition // nil: not served
+	service *service            // nil: no service manager
 }
 
 // runDaemon builds everything, runs it until ctx ends and stops it in reverse.
-// Containers go on.
-func runDaemon(ctx context.Context, cfg config.Config, log *slog.Logger) error {
+// Containers go on. cfg is what the file at path says; each hup has it read again.
+func runDaemon(ctx context.Context, cfg config.Config, path string, log logging, hup <-chan os.Signal) error {
 	d := &node{log: log, cfg: cfg}
+	d.reloads = &reloader{path: path, cfg: cfg, log: log, notify: func(state string) { _ = sdNotify(state) }}
+	d.reloads.notify("STATUS=starting")
 	err := d.build(ctx)
 	if err == nil {
-		err = d.run(ctx)
+		err = d.run(ctx, hup)
 	}
 	for i := len(d.close) - 1; i >= 0; i-- {
 		err = errors.Join(err, d.close[i]())
@@ -59,7 +62,7 @@ func runDaemon(ctx context.Context, cfg config.Config, log *slog.Logger) error {
 }
 
 func (d *node) build(ctx context.Context) error {
-	cfg, log := d.cfg, d.log
+	cfg, log := d.cfg, d.log.Logger
 	driver, err := cgroupDriver(cfg.CRI.CgroupDriver)
 	if err != nil {
 		return err
@@ -84,13 +87,12 @@ func (d *node) build(ctx context.Context) error {
 	}
 	d.runtime = newRuntime(d.shim, int(cfg.CRI.MaxLogLineSize))
 	if d.images, err = images.New(images.Config{
-		Root: filepath.Join(cfg.Root, "images"), RegistryConfigDirs: cfg.Images.RegistryConfigDirs,
-		MaxParallelDownloads: cfg.Images.MaxParallelDownloads, MaxParallelUnpacks: cfg.Images.MaxParallelUnpacks,
-		ProgressTimeout: cfg.Images.ProgressTimeout, Pinned: cfg.Images.Pinned, Log: log,
+		Root: filepath.Join(cfg.Root, "images"), Settings: imageSettings(cfg), MaxParallelUnpacks: cfg.Images.MaxParallelUnpacks, Log: log,
 	}); err != nil {
 		return err
 	}
 	d.close = append(d.close, d.images.Close)
+	d.reloads.images = d.images.Configure
 	d.mounter = rootfs.New(rootfs.Config{Root: cfg.Root, State: cfg.State, Log: log})
 	if d.policy, err = newPolicy(cfg, log); err != nil {
 		return err
@@ -99,6 +101,7 @@ func (d *node) build(ctx context.Context) error {
 	var beforeUp func(context.Context, string, int, []netip.Addr) error
 	if d.policy != nil {
 		beforeUp = policed.beforeUp
+		d.reloads.uplinks = d.policy.SetUplinks
 	}
 	if d.network, err = cni.New(cni.Config{
 		Name: cfg.Network.Name, ConfDir: cfg.Network.CNIConfDir, BinDirs: cfg.Network.CNIBinDirs,
@@ -125,9 +128,13 @@ func (d *node) build(ctx context.Context) error {
 		return err
 	}
 	d.close = append(d.close, sampler.Close)
+	var listen func(string) (net.Listener, error)
+	if kept := newKeptSocket(log); kept != nil {
+		listen = kept.listen
+	}
 	if d.cri, err = cri.New(cri.Config{
-		Socket: cfg.CRI.Socket, State: cfg.State, Root: cfg.Root, Handlers: handlers(cfg), Version: semver(readVersion().Version),
-		Effective: cfg, ExecMaxOutput: int(cfg.CRI.ExecSyncMaxOutput), Host: host, Defaults: specDefaults(cfg),
+		Socket: cfg.CRI.Socket, Listen: listen, State: cfg.State, Root: cfg.Root, Handlers: handlers(cfg), Version: semver(readVersion().Version),
+		Effective: d.reloads, ExecMaxOutput: int(cfg.CRI.ExecSyncMaxOutput), Host: host, Defaults: specDefaults(cfg),
 		CDI: spec.NewCDI(cfg.CRI.CDISpecDirs...), Runtime: d.runtime, Network: network, Cgroups: cgroupsOf{groups},
 		Namespaces: namespacesOf{d.pool}, Images: d.images, Rootfs: newRootfs(d.images, d.mounter, cfg.Root, log), Stats: sampler, Log: log,
 	}); err != nil {
@@ -140,12 +147,21 @@ func (d *node) build(ctx context.Context) error {
 		return err
 	}
 	d.cri.SetStreams(d.streams)
+	d.service = d.newService()
 	if cfg.Metrics.Address != "" {
 		d.metrics, err = metrics.NewExposition(metrics.ExpositionConfig{
 			Sampler: sampler, Targets: d.cri.Targets, Version: readVersion().Version, Log: log,
 		})
 	}
 	return err
+}
+
+// imageSettings are those that may change while the daemon runs.
+func imageSettings(cfg config.Config) images.Settings {
+	return images.Settings{
+		RegistryConfigDirs: cfg.Images.RegistryConfigDirs, MaxParallelDownloads: cfg.Images.MaxParallelDownloads,
+		ProgressTimeout: cfg.Images.ProgressTimeout, Pinned: cfg.Images.Pinned,
+	}
 }
 
 // host finds out what containers may be given here.
@@ -165,7 +181,7 @@ func (d *node) host(ctx context.Context) (spec.HostInfo, error) {
 // run starts what recovery needs, recovers, then starts the rest and serves
 // until ctx ends or a part fails. What the CRI server stands on ends after it,
 // so that calls that are cut off can be undone.
-func (d *node) run(ctx context.Context) error {
+func (d *node) run(ctx context.Context, hup <-chan os.Signal) error {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	below, endBelow := context.WithCancel(context.WithoutCancel(ctx))
@@ -193,20 +209,26 @@ func (d *node) run(ctx context.Context) error {
 		start(&upper, ctx, "namespaces", d.pool.Run)
 		start(&upper, ctx, "streaming", d.streams.Run)
 		start(&upper, ctx, "administration", func(ctx context.Context) error {
-			return serveAdmin(ctx, d.cfg.AdminSocket(), d.images, d.log)
+			return serveAdmin(ctx, d.cfg.AdminSocket(), d.images, d.reloads, d.log.Logger)
 		})
 		if d.policy != nil {
 			start(&upper, ctx, "policy administration", func(ctx context.Context) error {
-				return servePolicy(ctx, policySocket(d.cfg), d.policy, d.log)
+				return servePolicy(ctx, policySocket(d.cfg), d.policy, d.log.Logger)
 			})
 		}
 		if d.metrics != nil {
 			start(&upper, ctx, "metrics", func(ctx context.Context) error {
-				return serveMetrics(ctx, d.cfg.Metrics.Address, d.metrics, d.log)
+				return serveMetrics(ctx, d.cfg.Metrics.Address, d.metrics, d.log.Logger)
 			})
 		}
 		start(&upper, ctx, "memory", d.trimAtRest)
-		start(&upper, ctx, "CRI", func(ctx context.Context) error { return d.cri.Serve(ctx, nil) })
+		start(&upper, ctx, "reloads", func(ctx context.Context) error { return d.reloads.onSignal(ctx, hup) })
+		var served func()
+		if d.service != nil {
+			served = func() { close(d.service.served) }
+			start(&upper, ctx, "systemd", d.service.run)
+		}
+		start(&upper, ctx, "CRI", func(ctx context.Context) error { return d.cri.Serve(ctx, served) })
 	}
 	<-ctx.Done()
 	upper.Wait()

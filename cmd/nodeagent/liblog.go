@@ -17,10 +17,17 @@ func adoptLibraryLogs(log *slog.Logger) {
 	logrus.SetOutput(io.Discard)
 	logrus.SetFormatter(silent{})
 	logrus.AddHook(logrusHook{log})
-	if log.Enabled(context.Background(), slog.LevelDebug) {
-		logrus.SetLevel(logrus.DebugLevel)
-	}
+	setLibraryLevel(log)
 	klog.SetSlogLogger(log)
+}
+
+// setLibraryLevel spares the making of lines that log does not want.
+func setLibraryLevel(log *slog.Logger) {
+	level := logrus.InfoLevel
+	if log.Enabled(context.Background(), slog.LevelDebug) {
+		level = logrus.DebugLevel
+	}
+	logrus.SetLevel(level)
 }
 
 // silent spares the formatting of lines that go nowhere.

@@ -5,21 +5,36 @@ import (
 	"io"
 	"log/slog"
 	"sync"
+	"time"
 
 	"github.com/nodeagent/nodeagent/config"
 )
 
-// newLogger builds the daemon's logger. Under the journal, text lines carry a
-// priority (sd-daemon(3), "<4>") and no time, which the journal has itself.
-func newLogger(w io.Writer, c config.Log, journal bool) *slog.Logger {
-	opts := &slog.HandlerOptions{Level: logLevel(c.Level)}
+// logging is the daemon's log, and what of it may be changed and asked for
+// while it runs.
+type logging struct {
+	*slog.Logger
+	level *slog.LevelVar
+	last  *lastError
+}
+
+// newLogging builds the daemon's log. With a journal, and unless c asks for a
+// format, records go there as fields; w gets what it does not take.
+func newLogging(w io.Writer, c config.Log, journal journalSend) logging {
+	l := logging{level: &slog.LevelVar{}, last: &lastError{}}
+	l.level.Set(logLevel(c.Level))
+	opts := &slog.HandlerOptions{Level: l.level}
+	var h slog.Handler
 	switch {
 	case c.Format == "json":
-		return slog.New(slog.NewJSONHandler(w, opts))
-	case c.Format == "auto" && journal:
-		return slog.New(newJournalHandler(w, opts))
+		h = slog.NewJSONHandler(w, opts)
+	case c.Format == "auto" && journal != nil:
+		h = newJournalHandler(w, journal, l.level)
+	default:
+		h = slog.NewTextHandler(w, opts)
 	}
-	return slog.New(slog.NewTextHandler(w, opts))
+	l.Logger = slog.New(errorKeeper{h, l.last})
+	return l
 }
 
 func logLevel(name string) slog.Level {
@@ -30,65 +45,49 @@ func logLevel(name string) slog.Level {
 	return l
 }
 
-// journalHandler writes slog's text format after a priority.
-type journalHandler struct {
-	text slog.Handler
-	out  *priorityWriter
+// lastError is the last record of level error or above.
+type lastError struct {
+	mu   sync.Mutex // guards what follows
+	text string     // "": there was none
+	at   time.Time
 }
 
-func newJournalHandler(w io.Writer, opts *slog.HandlerOptions) journalHandler {
-	opts.ReplaceAttr = func(groups []string, a slog.Attr) slog.Attr {
-		if len(groups) == 0 && (a.Key == slog.TimeKey || a.Key == slog.LevelKey) {
-			return slog.Attr{}
+func (l *lastError) set(r slog.Record) {
+	text := r.Message
+	r.Attrs(func(a slog.Attr) bool {
+		if a.Key == "err" {
+			text += ": " + a.Value.String()
 		}
-		return a
+		return true
+	})
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.text, l.at = text, r.Time
+}
+
+func (l *lastError) get() (text string, at time.Time) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.text, l.at
+}
+
+// errorKeeper notes errors on their way to the handler.
+type errorKeeper struct {
+	slog.Handler
+	last *lastError
+}
+
+func (k errorKeeper) Handle(ctx context.Context, r slog.Record) error {
+	if r.Level >= slog.LevelError {
+		k.last.set(r)
 	}
-	out := &priorityWriter{w: w}
-	return journalHandler{text: slog.NewTextHandler(out, opts), out: out}
+	return k.Handler.Handle(ctx, r)
 }
 
-func (h journalHandler) Enabled(ctx context.Context, l slog.Level) bool {
-	return h.text.Enabled(ctx, l)
+func (k errorKeeper) WithAttrs(attrs []slog.Attr) slog.Handler {
+	return errorKeeper{k.Handler.WithAttrs(attrs), k.last}
 }
 
-func (h journalHandler) Handle(ctx context.Context, r slog.Record) error {
-	h.out.mu.Lock()
-	defer h.out.mu.Unlock()
-	h.out.priority = priority(r.Level)
-	return h.text.Handle(ctx, r)
-}
-
-func (h journalHandler) WithAttrs(attrs []slog.Attr) slog.Handler {
-	return journalHandler{text: h.text.WithAttrs(attrs), out: h.out}
-}
-
-func (h journalHandler) WithGroup(name string) slog.Handler {
-	return journalHandler{text: h.text.WithGroup(name), out: h.out}
-}
-
-// priorityWriter puts the priority of the record in hand before its line;
-// slog's text handler writes each record with one call.
-type priorityWriter struct {
-	w        io.Writer
-	mu       sync.Mutex // held by Handle around the write
-	priority string     // guarded by mu
-}
-
-func (p *priorityWriter) Write(line []byte) (int, error) {
-	if _, err := p.w.Write(append([]byte(p.priority), line...)); err != nil {
-		return 0, err
-	}
-	return len(line), nil
-}
-
-func priority(l slog.Level) string {
-	switch {
-	case l >= slog.LevelError:
-		return "<3>"
-	case l >= slog.LevelWarn:
-		return "<4>"
-	case l >= slog.LevelInfo:
-		return "<6>"
-	}
-	return "<7>"
+func (k errorKeeper) WithGroup(name string) slog.Handler {
+	return errorKeeper{k.Handler.WithGroup(name), k.last}
 }

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -21,7 +22,6 @@ import (
 	"github.com/nodeagent/nodeagent/config"
 	"github.com/nodeagent/nodeagent/cri/images"
 	"github.com/opencontainers/go-digest"
-	"github.com/sirupsen/logrus"
 )
 
 // TestMain makes the test binary answer as nodeagent where the code under
@@ -230,32 +230,6 @@ func waitFor(t *testing.T, what string, ok func() bool) {
 	}
 }
 
-func TestJournalLines(t *testing.T) {
-	var b bytes.Buffer
-	log := newLogger(&b, config.Log{Level: "debug", Format: "auto"}, true).With("pod", "a")
-	log.Debug("d")
-	log.Info("i", "level", "inner")
-	log.WithGroup("g").Warn("w", "k", 1)
-	log.Error("two\nlines")
-	want := "<7>msg=d pod=a\n<6>msg=i pod=a\n<4>msg=w pod=a g.k=1\n<3>msg=\"two\\nlines\" pod=a\n"
-	if got := b.String(); got != want {
-		t.Errorf("got\n%swant\n%s", got, want)
-	}
-}
-
-func TestLibraryLogs(t *testing.T) {
-	var b bytes.Buffer
-	log := newLogger(&b, config.Log{Level: "info", Format: "auto"}, true)
-	entry := logrus.NewEntry(logrus.New()).WithError(errors.New("no space")).WithField("path", "/x")
-	entry.Level, entry.Message = logrus.WarnLevel, "cannot sync"
-	if err := (logrusHook{log}).Fire(entry); err != nil {
-		t.Fatal(err)
-	}
-	if got, want := b.String(), "<4>msg=\"cannot sync\" err=\"no space\" path=/x\n"; got != want {
-		t.Errorf("got %s want %s", got, want)
-	}
-}
-
 // TestTrim: the program still works with its pages gone, and has fewer.
 func TestTrim(t *testing.T) {
 	before := filePages(t)
@@ -299,7 +273,7 @@ func serve(t *testing.T, f fakeStore) (socket string) {
 	socket = filepath.Join(t.TempDir(), "admin.sock")
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error)
-	go func() { done <- serveAdmin(ctx, socket, f, slog.New(slog.DiscardHandler)) }()
+	go func() { done <- serveAdmin(ctx, socket, f, http.NotFoundHandler(), slog.New(slog.DiscardHandler)) }()
 	t.Cleanup(func() {
 		cancel()
 		if err := <-done; err != nil {

@@ -36,6 +36,7 @@ file; "nodeagent config default" prints it with all its fields explained.`,
 	})
 	root.AddCommand(
 		newRunCommand(a),
+		newReloadCommand(a),
 		newDownCommand(a),
 		newCheckCommand(a),
 		newConfigCommand(a),

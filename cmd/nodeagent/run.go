@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/signal"
 	"path/filepath"
 	"strings"
 
@@ -20,8 +21,11 @@ func newRunCommand(a *app) *cobra.Command {
 		Long: `Runs the daemon in the foreground until SIGTERM or SIGINT. Containers keep
 running when it ends; the next daemon takes them over.
 
-Under systemd (Type=notify) it reports when it is ready and feeds the watchdog
-for as long as the CRI answers.`,
+SIGHUP, like "nodeagent reload", has it read the configuration file again.
+
+Under systemd (Type=notify) it reports when it is ready, keeps a status line,
+writes to the journal with fields, and feeds the watchdog for as long as the CRI
+answers and its loops make progress.`,
 		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			cfg, err := a.config()
@@ -39,11 +43,12 @@ for as long as the CRI answers.`,
 				return err
 			}
 			defer release()
-			log := newLogger(os.Stderr, cfg.Log, os.Getenv("JOURNAL_STREAM") != "")
-			adoptLibraryLogs(log)
-			stop := startNotifier(cmd.Context(), cfg.CRI.Socket, log)
-			defer stop()
-			return runDaemon(cmd.Context(), cfg, log)
+			hup := make(chan os.Signal, 1)
+			signal.Notify(hup, unix.SIGHUP)
+			defer signal.Stop(hup)
+			log := newLogging(os.Stderr, cfg.Log, journalOfService())
+			adoptLibraryLogs(log.Logger)
+			return runDaemon(cmd.Context(), cfg, a.configPath, log, hup)
 		},
 	}
 }

@@ -28,16 +28,20 @@ func newPolicy(cfg config.Config, log *slog.Logger) (*ebpf.Engine, error) {
 	if p.Mode != "enforce" {
 		return nil, ebpf.Clear(p.BPFFS, name)
 	}
-	uplinks := p.Uplinks
-	if len(uplinks) == 0 {
-		uplinks = nil
-	}
 	return ebpf.New(ebpf.Config{
-		BPFFS: p.BPFFS, Name: name, Uplinks: uplinks, Services: p.ServiceCIDRs, Audit: p.AuditNamespaces,
+		BPFFS: p.BPFFS, Name: name, Uplinks: uplinkPatterns(cfg), Services: p.ServiceCIDRs, Audit: p.AuditNamespaces,
 		Source:   directory{source.NewDir(p.Dir, log)},
 		Datapath: datapath.Config{Strict: p.Strict, KeepEstablished: p.KeepEstablished},
 		Log:      log,
 	})
+}
+
+// uplinkPatterns is nil for the NICs of the default routes.
+func uplinkPatterns(cfg config.Config) []string {
+	if len(cfg.Policy.Uplinks) == 0 {
+		return nil
+	}
+	return cfg.Policy.Uplinks
 }
 
 // policySocket is where the daemon answers `nodeagent policy`.

@@ -82,6 +82,7 @@ type Network struct {
 	running atomic.Bool   // Run is there to delete links
 	reap    chan struct{} // there are links in the dead group
 	stale   chan struct{} // there are connections to forget
+	alive   chan struct{} // taken by Run, see Alive
 
 	life sync.RWMutex // held shared by Attach, Detach, Prewire; alone by Reconcile
 
@@ -122,7 +123,7 @@ func New(cfg Config) (n *Network, err error) {
 	if cfg.Log == nil {
 		cfg.Log = slog.New(slog.DiscardHandler)
 	}
-	n = &Network{cfg: cfg, log: cfg.Log, reap: make(chan struct{}, 1), stale: make(chan struct{}, 1), warm: map[string]*wired{}}
+	n = &Network{cfg: cfg, log: cfg.Log, reap: make(chan struct{}, 1), stale: make(chan struct{}, 1), alive: make(chan struct{}), warm: map[string]*wired{}}
 	defer func() {
 		if err != nil {
 			n.Close()
@@ -192,6 +193,7 @@ func (n *Network) Run(ctx context.Context) error {
 			case <-time.After(reapDelay):
 			}
 			n.cleanUp()
+		case <-n.alive:
 		case <-n.stale:
 			n.forgetConnections()
 		}
@@ -202,6 +204,16 @@ func (n *Network) Run(ctx context.Context) error {
 // the kernel's route-netlink lock for some 20 ms, however many links they are. The namespaces of removed pods usually
 // end within this time, and their links with them: then nothing is left to do.
 const reapDelay = time.Second
+
+// Alive returns once Run has come round. An error means that it did not before ctx ended.
+func (n *Network) Alive(ctx context.Context) error {
+	select {
+	case n.alive <- struct{}{}:
+		return nil
+	case <-ctx.Done():
+		return fmt.Errorf("wait for the network's background work: %w", context.Cause(ctx))
+	}
+}
 
 // careInterval is how often the address records are swept and the nftables table is looked for.
 const careInterval = 30 * time.Second

@@ -43,7 +43,7 @@ func (s *Store) fetchAndUnpack(ctx context.Context, src source, report *reporter
 			SnapshotterCapabilities: []string{snapshots.RebaseCap},
 			Applier:                 layers,
 		}),
-		unpack.WithLimiter(semaphore.NewWeighted(int64(s.cfg.MaxParallelDownloads))),
+		unpack.WithLimiter(semaphore.NewWeighted(int64(s.live.Load().MaxParallelDownloads))),
 		unpack.WithUnpackLimiter(s.unpacks),
 		unpack.WithDuplicationSuppressor(s.blobs))
 	if err != nil {

@@ -53,11 +53,10 @@ func FuzzNames(f *testing.F) {
 		f.Add(s, s)
 	}
 	f.Fuzz(func(t *testing.T, ref, base string) {
-		pinned, err := newPinSet([]string{base})
-		if err != nil {
-			pinned = &pinSet{}
+		s := &Store{byID: map[string]*entry{}, byRef: map[string]string{}}
+		if err := s.Configure(Settings{Pinned: []string{base}}); err != nil {
+			s.live.Store(&settings{pins: &pinSet{}})
 		}
-		s := &Store{byID: map[string]*entry{}, byRef: map[string]string{}, pinned: pinned}
 		id := "sha256:" + strings.Repeat("abcdef01", 8)
 		s.index(Image{ID: id}, "docker.io/library/busybox:latest", "sha256:x")
 		got, err := s.Get(t.Context(), ref)

@@ -34,7 +34,7 @@ func (s *Store) registryHosts(ctx context.Context, auth Auth, origin string, dog
 }
 
 func (s *Store) hostDir(host string) (string, error) {
-	for _, root := range s.cfg.RegistryConfigDirs {
+	for _, root := range s.live.Load().RegistryConfigDirs {
 		dir, err := config.HostDirFromRoot(root)(host)
 		if err == nil && dir != "" {
 			return dir, nil

@@ -253,7 +253,7 @@ func (s *Store) List(context.Context) ([]Image, error) {
 	out := make([]Image, 0, len(s.byID))
 	for _, id := range slices.Sorted(maps.Keys(s.byID)) {
 		if e := s.byID[id]; len(e.refs) > 0 {
-			out = append(out, e.view(s.pinned))
+			out = append(out, e.view(s.live.Load().pins))
 		}
 	}
 	return out, nil
@@ -270,7 +270,7 @@ func (s *Store) Get(_ context.Context, ref string) (Image, error) {
 	if err != nil {
 		return Image{}, err
 	}
-	return s.byID[id].view(s.pinned), nil
+	return s.byID[id].view(s.live.Load().pins), nil
 }
 
 // pinSet matches image names against the patterns of the configuration.

@@ -126,7 +126,7 @@ func (s *Store) join(named reference.Named, opts PullOptions) (_ *flight, leave 
 // pull does the work of one flight.
 func (s *Store) pull(ctx context.Context, cancel context.CancelCauseFunc, named reference.Named, auth Auth, report *reporter) (_ Image, err error) {
 	start := time.Now()
-	dog := &watchdog{timeout: s.cfg.ProgressTimeout, cancel: cancel}
+	dog := &watchdog{timeout: s.live.Load().ProgressTimeout, cancel: cancel}
 	dog.alive()
 	watched := make(chan struct{})
 	go func() { defer close(watched); dog.run(ctx) }()
@@ -188,7 +188,7 @@ func (s *Store) present(src source) (Image, bool) {
 	if e == nil {
 		return Image{}, false
 	}
-	return e.view(s.pinned), true
+	return e.view(s.live.Load().pins), true
 }
 
 // acquire brings an image into the store under a lease: fetch and unpack it,
@@ -239,7 +239,7 @@ func (s *Store) acquire(ctx context.Context, src source, report *reporter) (_ Im
 	for _, name := range src.names {
 		s.index(img, name, src.target.Digest.String())
 	}
-	return s.byID[img.ID].view(s.pinned), nil
+	return s.byID[img.ID].view(s.live.Load().pins), nil
 }
 
 // abandon deals with the lease of a failed pull: what can help the next

@@ -1,6 +1,7 @@
 package images
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"errors"
@@ -11,6 +12,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/containerd/v2/core/content"
@@ -43,20 +45,12 @@ const (
 type Config struct {
 	// Root is the directory that holds everything, made if absent.
 	Root string
-	// RegistryConfigDirs are searched in order for <host>/hosts.toml.
-	RegistryConfigDirs []string
-	// MaxParallelDownloads bounds the layers in transfer per pull (0: 3, as
-	// containerd); MaxParallelUnpacks the layers in unpacking on the node
-	// (0: 4).
-	MaxParallelDownloads int
-	MaxParallelUnpacks   int
-	// ProgressTimeout ends a pull whose registry sends nothing (0: 1 minute).
-	ProgressTimeout time.Duration
+	Settings
+	// MaxParallelUnpacks bounds the layers in unpacking on the node (0: 4).
+	MaxParallelUnpacks int
 	// KeepPartial is how long the remains of a failed pull wait for the next
 	// attempt before they are collected (0: 10 minutes; negative: not at all).
 	KeepPartial time.Duration
-	// Pinned are glob patterns of names that are reported as pinned.
-	Pinned []string
 	// UserAgent is sent to registries (empty: "nodeagent").
 	UserAgent string
 	// BootIDPath tells boots apart (empty: the kernel's).
@@ -65,16 +59,7 @@ type Config struct {
 }
 
 func (c Config) withDefaults() Config {
-	def := func(p *int, v int) {
-		if *p == 0 {
-			*p = v
-		}
-	}
-	def(&c.MaxParallelDownloads, 3)
-	def(&c.MaxParallelUnpacks, 4)
-	if c.ProgressTimeout == 0 {
-		c.ProgressTimeout = time.Minute
-	}
+	c.MaxParallelUnpacks = cmp.Or(c.MaxParallelUnpacks, 4)
 	if c.KeepPartial == 0 {
 		c.KeepPartial = 10 * time.Minute
 	}
@@ -95,7 +80,7 @@ type Store struct {
 	cfg      Config
 	log      *slog.Logger
 	platform platforms.MatchComparer
-	pinned   *pinSet
+	live     atomic.Pointer[settings]
 
 	libraryLog *ctdlog.Entry
 
@@ -143,15 +128,10 @@ func New(cfg Config) (*Store, error) {
 	if cfg.Root == "" {
 		return nil, fmt.Errorf("open image store: no root directory given: %w", errdefs.ErrInvalidArgument)
 	}
-	pinned, err := newPinSet(cfg.Pinned)
-	if err != nil {
-		return nil, fmt.Errorf("open image store: %w", err)
-	}
 	s := &Store{
 		cfg:      cfg,
 		log:      cfg.Log,
 		platform: platforms.Default(),
-		pinned:   pinned,
 		blobs:    newKeyLock(),
 		unpackMu: newKeyLock(),
 		unpacks:  semaphore.NewWeighted(int64(cfg.MaxParallelUnpacks)),
@@ -162,6 +142,9 @@ func New(cfg Config) (*Store, error) {
 		owners:   map[string]string{},
 		flights:  map[flightKey]*flight{},
 		partial:  map[string]time.Time{},
+	}
+	if err := s.Configure(cfg.Settings); err != nil {
+		return nil, fmt.Errorf("open image store: %w", err)
 	}
 	s.libraryLog = containerdLog(cfg.Log)
 	s.life, s.endLife = context.WithCancel(s.scoped(context.Background()))

@@ -65,7 +65,7 @@ func (f *fixture) registry(cfg registry.Config) *registry.Server {
 // open opens the store and runs its collector for the rest of the test.
 func (f *fixture) open(change ...func(*Config)) {
 	f.Helper()
-	cfg := Config{Root: filepath.Join(f.root, "images"), ProgressTimeout: 10 * time.Second, KeepPartial: time.Hour,
+	cfg := Config{Root: filepath.Join(f.root, "images"), Settings: Settings{ProgressTimeout: 10 * time.Second}, KeepPartial: time.Hour,
 		Log: slog.New(slog.NewTextHandler(testWriter{f.T}, &slog.HandlerOptions{Level: slog.LevelError}))}
 	for _, c := range change {
 		c(&cfg)

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
 	"strings"
 
 	"github.com/nodeagent/nodeagent/test/images"
@@ -15,72 +14,9 @@ import (
 //go:embed run.sh
 var runScript string
 
-// step is one thing that the machine does: a command, or a reboot.
-type step struct {
-	name, command string
-	seconds       int // at most
-}
-
-const reboot = "reboot"
-
-// hostTests are those of the end-to-end suite that depend on the host's cgroups,
-// init or kernel: what the smaller suites run.
-const hostTests = "^(TestVersionAndStatus|TestSandboxLifecycle|TestResources|TestOOMKilled|TestExitCodes|TestStop|TestKilledFromOutside|" +
-	"TestContainerStats|TestMetrics|TestExecSync|TestNamespaceModes|TestUserNamespace|TestPrivileged|TestCapabilities|TestSeccomp|" +
-	"TestDevices|TestSysctls|TestMounts|TestRecursiveReadOnly|TestImageVolumes|TestNetwork|TestPortMappings|TestSharedPIDReaps|TestEvents)$"
-
-func guest(run string) string {
-	return "NODEAGENT_GUEST=1 ./guest.test -test.v -test.run '" + run + "'"
-}
-
-func endToEnd(driver, run string) string {
-	return "NODEAGENT_SLOW=5 NODEAGENT=/payload/bin/nodeagent NODEAGENT_TESTTOOL=/payload/testtool NODEAGENT_CGROUP_DRIVER=" + driver +
-		" ./e2e.test -test.v -test.short -test.timeout 20m -test.run '" + run + "'"
-}
-
-// suites are what can be asked for, in the order in which it is run.
-var suites = []struct {
-	name  string
-	steps []step
-}{
-	{"service", []step{{"package and service", guest("^TestService"), 600}}},
-	{"v2", []step{{"cgroup v2 through the service", guest("^TestV2"), 600}}},
-	{"reboot", []step{
-		{"before the reboot", guest("^TestBeforeReboot$"), 120},
-		{reboot, reboot, 60},
-		{"after the reboot", guest("^TestAfterReboot$"), 120},
-	}},
-	{"systemd", []step{{"end to end, systemd driver", endToEnd("systemd", hostTests), 900}}},
-	{"cgroupfs", []step{{"end to end, cgroupfs driver", endToEnd("cgroupfs", hostTests), 900}}},
-	{"all-systemd", []step{{"all end to end, systemd driver", endToEnd("systemd", "."), 1500}}},
-	{"all-cgroupfs", []step{{"all end to end, cgroupfs driver", endToEnd("cgroupfs", "."), 1500}}},
-	{"purge", []step{{"removal and purge", guest("^TestPurge$"), 180}}},
-}
-
-func suiteNames() (names []string) {
-	for _, s := range suites {
-		names = append(names, s.name)
-	}
-	return names
-}
-
-func stepsOf(names []string) (steps []step, err error) {
-	for _, s := range suites {
-		if slices.Contains(names, s.name) {
-			steps = append(steps, s.steps...)
-		}
-	}
-	for _, n := range names {
-		if !slices.Contains(suiteNames(), n) {
-			err = fmt.Errorf("suite %q: want some of %s", n, strings.Join(suiteNames(), ", "))
-		}
-	}
-	return steps, err
-}
-
-// writePayload makes the tar archive that the machine gets as its second disk.
-func writePayload(ctx context.Context, out string, o options, steps []step) error {
-	dir := out + ".d"
+// writePayload makes the tar archive that a machine gets as its second disk.
+func writePayload(ctx context.Context, out string, o options, previous string, steps []step) error {
+	dir := strings.TrimSuffix(out, ".tar")
 	if err := os.RemoveAll(dir); err != nil {
 		return err
 	}
@@ -89,37 +25,39 @@ func writePayload(ctx context.Context, out string, o options, steps []step) erro
 	}
 	var lines strings.Builder
 	for _, s := range steps {
-		fmt.Fprintf(&lines, "%s|%d|%s\n", s.name, s.seconds, s.command)
+		command := s.name
+		if s.tests != nil {
+			command = s.tests.command(s.seconds)
+		}
+		// The test binary's own limit comes first: it says where it hangs.
+		fmt.Fprintf(&lines, "%s|%d|%s\n", s.name, s.seconds+30, command)
 	}
 	for name, text := range map[string]string{"steps": lines.String(), "run.sh": runScript} {
 		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644); err != nil {
 			return err
 		}
 	}
+	files := map[string]string{"nodeagent.deb": o.pkg, "previous.deb": previous}
 	for _, b := range []string{"nodeagent", "nodeagent-shim", "nodeagent-cni"} {
-		if err := command(ctx, "cp", filepath.Join(o.bins, b), filepath.Join(dir, "bin", b)); err != nil {
+		files["bin/"+b] = filepath.Join(o.bins, b)
+	}
+	for name, from := range files {
+		if from == "" {
+			continue
+		}
+		if err := command(ctx, "cp", from, filepath.Join(dir, name)); err != nil {
 			return err
 		}
 	}
-	if o.pkg != "" {
-		if err := command(ctx, "cp", o.pkg, filepath.Join(dir, "nodeagent.deb")); err != nil {
-			return err
-		}
-		if prev := previous(o); prev != "" {
-			if err := command(ctx, "cp", prev, filepath.Join(dir, "previous.deb")); err != nil {
-				return err
-			}
-		}
+	if err := goBuild(ctx, filepath.Join(dir, "testtool"), "test/images/testtool"); err != nil {
+		return err
 	}
-	for _, b := range []struct{ out, how, pkg string }{
-		{"e2e.test", "test", "./test/e2e"}, {"guest.test", "test", "./test/vm/guest"}, {"testtool", "build", "./test/images/testtool"},
-	} {
-		args := []string{"CGO_ENABLED=0", "go", b.how, "-trimpath", "-ldflags=-s -w", "-o", filepath.Join(dir, b.out)}
-		if b.how == "test" {
-			args = append(args, "-c")
+	for _, s := range steps {
+		if s.tests == nil {
+			continue
 		}
-		if err := command(ctx, "env", append(args, b.pkg)...); err != nil {
-			return err
+		if err := addTests(ctx, dir, *s.tests); err != nil {
+			return fmt.Errorf("tests of %s: %w", s.tests.pkg, err)
 		}
 	}
 	if err := writeImage(ctx, dir); err != nil {
@@ -129,6 +67,44 @@ func writePayload(ctx context.Context, out string, o options, steps []step) erro
 		return err
 	}
 	return os.RemoveAll(dir)
+}
+
+// addTests puts a package's test binary and what its tests read below dir,
+// unless another step has done so.
+func addTests(ctx context.Context, dir string, t goTest) error {
+	to := filepath.Join(dir, t.dir())
+	binary := filepath.Join(to, t.binary())
+	if _, err := os.Stat(binary); err == nil {
+		return nil
+	}
+	if err := os.MkdirAll(to, 0o755); err != nil {
+		return err
+	}
+	if err := goBuild(ctx, binary, t.pkg, "-c"); err != nil {
+		return err
+	}
+	for _, pattern := range append([]string{"testdata"}, t.files...) {
+		found, err := filepath.Glob(filepath.Join(t.pkg, pattern))
+		if err != nil {
+			return err
+		}
+		for _, f := range found {
+			if err := command(ctx, "cp", "-r", f, to); err != nil {
+				return err
+			}
+		}
+	}
+	return nil
+}
+
+// goBuild builds a static program of pkg, with "-c" its tests.
+func goBuild(ctx context.Context, out, pkg string, flags ...string) error {
+	verb := "build"
+	if len(flags) > 0 {
+		verb = "test"
+	}
+	args := append([]string{"CGO_ENABLED=0", "go", verb, "-trimpath", "-ldflags=-s -w", "-o", out}, flags...)
+	return command(ctx, "env", append(args, "./"+pkg)...)
 }
 
 // writeImage makes image.tar in dir, of the host's busybox and the test tool.
@@ -152,15 +128,4 @@ func writeImage(ctx context.Context, dir string) error {
 	}
 	defer f.Close()
 	return images.WriteArchive(f, map[string]images.Artifact{"example.test/busybox:1": img})
-}
-
-const previousName = "previous.deb"
-
-// previous is the package of the last build that passed here, if there is one.
-func previous(o options) string {
-	p := filepath.Join(o.cache, previousName)
-	if _, err := os.Stat(p); err != nil {
-		return ""
-	}
-	return p
 }

@@ -14,13 +14,20 @@ if ! [ -e done/.facts ]; then
 	touch done/.facts
 fi
 
-# A stand-in for the NIC that a host has.
-ip link add eth0 type dummy
-ip addr add 192.0.2.10/24 dev eth0
-ip -6 addr add 2001:db8::10/64 dev eth0 nodad
+# The NIC: the wire between two machines, or a stand-in for one.
+role=$(sed -n 's/.*vm\.role=\([a-z]*\).*/\1/p' /proc/cmdline)
+export NODEAGENT_ROLE="$role"
+case $role in
+a) host=11 ;;
+b) host=12 ;;
+*) host=10 && ip link add eth0 type dummy ;;
+esac
+until [ -e /sys/class/net/eth0 ]; do sleep 0.2; done
+ip addr add 192.0.2.$host/24 dev eth0
+ip -6 addr add 2001:db8::$host/64 dev eth0 nodad
 ip link set eth0 up
 ip route add default via 192.0.2.1
-ip -6 route add default via 2001:db8::1
+ip -6 route add default via 2001:db8::1 || ip -6 route add default dev eth0
 
 number=0
 while IFS='|' read -r name seconds command; do

@@ -21,7 +21,7 @@ const (
 	payload  = "/payload"
 	socket   = "/run/nodeagent/nodeagent.sock"
 	image    = "example.test/busybox:1" // test/vm makes it
-	patience = 60 * time.Second         // qemu emulates the CPU
+	patience = 4 * time.Minute          // qemu emulates the CPU, on hosts that do other things too
 )
 
 // machine skips a test outside the virtual machine.
@@ -30,7 +30,7 @@ func machine(t *testing.T) context.Context {
 	if os.Getenv("NODEAGENT_GUEST") == "" {
 		t.Skip("not in the virtual machine of test/vm (make test-vm)")
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 8*time.Minute)
+	ctx, cancel := context.WithTimeout(context.Background(), 20*time.Minute)
 	t.Cleanup(cancel)
 	return ctx
 }
@@ -58,6 +58,12 @@ func command(t testing.TB, name string, args ...string) string {
 func install(t testing.TB, deb string) {
 	t.Helper()
 	t.Logf("%s", command(t, "dpkg", "--force-confnew", "-i", filepath.Join(payload, deb)))
+}
+
+// installed is the version of the package.
+func installed(t testing.TB) string {
+	t.Helper()
+	return command(t, "dpkg-query", "-W", "-f", "${Version}", "nodeagent")
 }
 
 // property of the unit, as systemctl show prints it.
@@ -225,7 +231,7 @@ func (p *pod) exec(t testing.TB, script string) (string, int32) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	r, err := p.rt.ExecSync(ctx, &runtimeapi.ExecSyncRequest{ContainerId: p.ctr, Cmd: []string{"sh", "-c", script}, Timeout: 50})
+	r, err := p.rt.ExecSync(ctx, &runtimeapi.ExecSyncRequest{ContainerId: p.ctr, Cmd: []string{"sh", "-c", script}, Timeout: 200})
 	if err != nil {
 		t.Fatalf("exec %q: %v", script, err)
 	}

@@ -19,23 +19,9 @@ import (
 // happens to the daemon, the pod's container keeps its process and its log.
 func TestService(t *testing.T) {
 	machine(t)
-	upgrade := "nodeagent.deb" // over itself, without a previous build
-	if _, err := os.Stat(filepath.Join(payload, "previous.deb")); err == nil {
-		install(t, "previous.deb")
-	} else {
-		install(t, "nodeagent.deb")
-	}
+	install(t, "previous.deb")
 	waitActive(t)
-	equal(t, "enabled", command(t, "systemctl", "is-enabled", "nodeagent"), "enabled")
-	for _, f := range []string{
-		"/etc/nodeagent/config.yaml", "/usr/share/bash-completion/completions/nodeagent", "/usr/share/man/man8/nodeagent.8.gz",
-		"/usr/lib/systemd/system/nodeagent.service", "/usr/lib/sysctl.d/60-nodeagent.conf",
-	} {
-		if _, err := os.Stat(f); err != nil {
-			t.Error(err)
-		}
-	}
-	t.Run("check", func(t *testing.T) { t.Log("\n" + command(t, "nodeagent", "check")) })
+	before, older := installed(t), command(t, "sha256sum", "/usr/bin/nodeagent")
 	importImage(t)
 	p := run(t, "steady", counting, nil, nil)
 	pid := containerPID(t, p)
@@ -47,6 +33,28 @@ func TestService(t *testing.T) {
 		equal(t, "exec", p.sh(t, "echo works"), "works")
 		p.countsOn(t)
 	}
+	t.Run("upgrade", func(t *testing.T) {
+		install(t, "nodeagent.deb")
+		same(t)
+		if now := installed(t); now == before {
+			t.Errorf("version %s after the upgrade too", now)
+		}
+		if now := command(t, "sha256sum", "/usr/bin/nodeagent"); now == older {
+			t.Log("the previous build is the same program")
+		}
+		t.Logf("upgraded from %s to %s", before, installed(t))
+		equal(t, "restarts after a crash", property(t, "NRestarts"), "0")
+	})
+	equal(t, "enabled", command(t, "systemctl", "is-enabled", "nodeagent"), "enabled")
+	for _, f := range []string{
+		"/etc/nodeagent/config.yaml", "/usr/share/bash-completion/completions/nodeagent", "/usr/share/man/man8/nodeagent.8.gz",
+		"/usr/lib/systemd/system/nodeagent.service", "/usr/lib/sysctl.d/60-nodeagent.conf",
+	} {
+		if _, err := os.Stat(f); err != nil {
+			t.Error(err)
+		}
+	}
+	t.Run("check", func(t *testing.T) { t.Log("\n" + command(t, "nodeagent", "check")) })
 	t.Run("restart", func(t *testing.T) {
 		command(t, "systemctl", "restart", "nodeagent")
 		same(t)
@@ -77,10 +85,6 @@ func TestService(t *testing.T) {
 		for _, pid := range node.ProcessesNaming("nodeagent-shim serve") {
 			syscall.Kill(pid, syscall.SIGKILL)
 		}
-		same(t)
-	})
-	t.Run("upgrade", func(t *testing.T) {
-		install(t, upgrade)
 		same(t)
 	})
 	t.Run("watchdog", func(t *testing.T) {

@@ -162,6 +162,7 @@ install: $(if $(BUILT),,build) ## install binaries, unit, configuration, complet
 	install -d $(DESTDIR)$(PREFIX)/share/bash-completion/completions $(DESTDIR)$(PREFIX)/lib/systemd/system
 	bin/nodeagent completion bash > $(DESTDIR)$(PREFIX)/share/bash-completion/completions/nodeagent
 	bin/nodeagent man $(DESTDIR)$(PREFIX)/share/man/man8
+	install -m 644 -t $(DESTDIR)$(PREFIX)/share/man/man8 packaging/man/*.8
 	sed 's|@BINDIR@|$(PREFIX)/bin|' packaging/nodeagent.service > $(DESTDIR)$(PREFIX)/lib/systemd/system/nodeagent.service
 	install -D -m 644 packaging/sysctl.conf $(DESTDIR)$(PREFIX)/lib/sysctl.d/60-nodeagent.conf
 	install -D -m 644 packaging/modules-load.conf $(DESTDIR)$(PREFIX)/lib/modules-load.d/nodeagent.conf
@@ -173,7 +174,7 @@ install: $(if $(BUILT),,build) ## install binaries, unit, configuration, complet
 deb: build ## make the Debian package, build/nodeagent_VERSION_ARCH.deb
 	@rm -rf build/deb
 	@$(MAKE) install BUILT=1 DESTDIR=build/deb PREFIX=/usr >/dev/null
-	@packaging/deb/build.sh build/deb '$(VERSION)' '$(DEB)'
+	@SOURCE_DATE_EPOCH=$${SOURCE_DATE_EPOCH:-$$(git log -1 --format=%ct 2>/dev/null || date +%s)} packaging/deb/build.sh build/deb '$(VERSION)' '$(DEB)'
 
 .PHONY: clean
 clean: ## remove what was built

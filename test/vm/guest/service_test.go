@@ -47,7 +47,7 @@ func TestService(t *testing.T) {
 	})
 	equal(t, "enabled", command(t, "systemctl", "is-enabled", "nodeagent"), "enabled")
 	for _, f := range []string{
-		"/etc/nodeagent/config.yaml", "/usr/share/bash-completion/completions/nodeagent", "/usr/share/man/man8/nodeagent.8.gz",
+		"/etc/nodeagent/config.yaml", "/usr/share/bash-completion/completions/nodeagent", "/usr/share/man/man8/nodeagent.8.gz", "/usr/share/man/man8/nodeagent-shim.8.gz",
 		"/usr/lib/systemd/system/nodeagent.service", "/usr/lib/sysctl.d/60-nodeagent.conf",
 	} {
 		if _, err := os.Stat(f); err != nil {

@@ -4,18 +4,13 @@ package ebpf
 
 import (
 	"cmp"
-	"fmt"
-	"os"
 	"path/filepath"
+
+	"github.com/nodeagent/nodeagent/ebpf/datapath"
 )
 
-// Clear takes away what an engine with these two settings has pinned; links
-// without a pin end, and enforcement with them. Filters of kernels before 6.6
-// stay on NICs. No engine of that name may run.
+// Clear takes away what an engine with these two settings has attached and
+// pinned, and enforcement with it. No engine of that name may run.
 func Clear(bpffs, name string) error {
-	dir := filepath.Join(cmp.Or(bpffs, "/sys/fs/bpf"), cmp.Or(name, "nodeagent"))
-	if err := os.RemoveAll(dir); err != nil {
-		return fmt.Errorf("remove pinned policy: %w", err)
-	}
-	return nil
+	return datapath.Clear(filepath.Join(cmp.Or(bpffs, "/sys/fs/bpf"), cmp.Or(name, "nodeagent")))
 }

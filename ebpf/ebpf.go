@@ -72,6 +72,7 @@ type Pod struct {
 	Created   time.Time
 	Labels    map[string]string // used until the source has the pod
 	Interface int               // index of its host-side interface
+	Netns     string            // path; its sockets tell flows from before it was watched. "": not known
 	IPs       []netip.Addr
 }
 
@@ -187,6 +188,7 @@ func (e *Engine) loop(ctx context.Context, s *state, failed <-chan error) error 
 			return err
 		case <-tick.C:
 			s.settle()
+			s.collect()
 			s.selfCheck(e.sample)
 			continue
 		case c := <-e.calls:

@@ -574,8 +574,8 @@ ingress: [{from: [{podSelector: {matchLabels: {app: b}}}]}]`)}
 	must(t, raw.Control(func(fd uintptr) {
 		info, err := unix.GetsockoptTCPInfo(int(fd), unix.IPPROTO_TCP, unix.TCP_INFO)
 		must(t, err)
-		if info.Total_retrans > 0 {
-			t.Errorf("%d segments were sent again: packets were dropped", info.Total_retrans)
+		if info.Total_retrans > info.Dsack_dups { // else only late, on a slow machine
+			t.Errorf("%d segments were sent again, %d of them in vain: packets were dropped", info.Total_retrans, info.Dsack_dups)
 		}
 	}))
 	if err := <-leaks; err != nil {

@@ -17,6 +17,7 @@ import (
 	"github.com/nodeagent/nodeagent/ebpf/flows"
 	"github.com/nodeagent/nodeagent/ebpf/objects"
 	"github.com/nodeagent/nodeagent/ebpf/policy"
+	"github.com/nodeagent/nodeagent/ebpf/sockets"
 )
 
 // state belongs to Run's goroutine.
@@ -316,6 +317,7 @@ func (s *state) attachAll() {
 		if p.attached != nil {
 			continue
 		}
+		s.seed(p)
 		a, err := s.d.AttachPod(p.Interface)
 		if err != nil {
 			s.cfg.Log.Error("network policy is not enforced on a pod", "pod", p.PodKey.String(), "sandbox", p.SandboxID, "err", err)
@@ -329,6 +331,29 @@ func (s *state) attachAll() {
 	}
 	if err := s.d.Sweep(keep); err != nil {
 		s.cfg.Log.Warn("pins of interfaces that are gone stay", "err", err)
+	}
+}
+
+// seed tells conntrack the flows that a pod already has: all of them when it is
+// watched for the first time, those that an earlier process' conntrack had no
+// room for, else none.
+func (s *state) seed(p *local) {
+	if p.Netns == "" {
+		return
+	}
+	list, err := sockets.List(p.Netns)
+	if err == nil {
+		err = s.d.Seed(p.Interface, list)
+	}
+	if err != nil {
+		s.cfg.Log.Warn("flows that a pod had before are judged by their packets", "pod", p.PodKey.String(), "err", err)
+	}
+}
+
+// collect makes room in conntrack.
+func (s *state) collect() {
+	if err := s.d.Collect(); err != nil {
+		s.cfg.Log.Warn("dead flows stay in conntrack", "err", err)
 	}
 }
 

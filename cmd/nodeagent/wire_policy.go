@@ -162,6 +162,6 @@ func (n *policedNetwork) Reconcile(ctx context.Context, live []cri.NetworkReques
 func policedPod(r cri.NetworkRequest, index int, ips []netip.Addr) ebpf.Pod {
 	return ebpf.Pod{
 		SandboxID: r.SandboxID, PodKey: objects.PodKey{Namespace: r.PodNamespace, Name: r.PodName}, UID: r.PodUID,
-		Created: time.Now(), Labels: r.Labels, Interface: index, IPs: ips,
+		Created: time.Now(), Labels: r.Labels, Interface: index, Netns: r.Netns, IPs: ips,
 	}
 }

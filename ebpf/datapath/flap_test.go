@@ -4,7 +4,6 @@ package datapath
 
 import (
 	"fmt"
-	"math/rand/v2"
 	"os"
 	"runtime"
 	"strconv"
@@ -176,63 +175,69 @@ func TestConntrack(t *testing.T) {
 		{"revoked ingress, egress open", 6, false, false, true, true, []any{step{false, syn, true}, step{true, syn | ack, true}, change{false, true}, step{false, ack, false}}},
 		{"kept", 6, false, true, true, false, []any{step{false, syn, true}, step{true, syn | ack, true}, change{false, false}, step{false, ack, true}, step{true, ack, true}, step{false, syn, false}}},
 		{"udp out", 17, false, false, false, true, []any{step{false, 0, false}, step{true, 0, true}, step{false, 0, true}, change{false, false}, step{false, 0, false}, step{true, 0, false}}},
+		{"udp, both may open, then ingress only", 17, false, false, true, true, []any{step{true, 0, true}, step{false, 0, true}, change{true, false}, step{true, 0, true}, change{false, false}, step{true, 0, false}}},
 		{"udp in", 17, false, false, true, false, []any{step{true, 0, false}, step{false, 0, true}, step{true, 0, true}}},
 		{"echo out", 1, false, false, false, true, []any{step{false, 0, false}, step{true, 8, true}, step{false, 0, true}}},
 	}
-	ifs := inNamespace(t, 1)
-	r := rand.New(rand.NewPCG(1, 1))
+	ifs := inNamespace(t, 1) // no t.Run: a subtest has another thread, and so another namespace
+	own, peer := lab.PodIPs(0), lab.PodIPs(200)
+	loaded := map[Config]*Datapath{}
+	port := uint16(40000)
 	for _, v6 := range []bool{false, true} {
 		for _, c := range cases {
-			t.Run(fmt.Sprintf("%s/v6=%v", c.name, v6), func(t *testing.T) {
-				d := open(t, Config{Conntrack: 1024, Strict: c.strict, KeepEstablished: c.keep, RowBlocks: 64})
-				own, peer := lab.PodIPs(0), lab.PodIPs(200)
+			cfg := Config{Conntrack: 1024, Strict: c.strict, KeepEstablished: c.keep, RowBlocks: 64}
+			d := loaded[cfg]
+			if d == nil {
+				d = open(t, cfg)
+				loaded[cfg] = d
 				if err := d.Insert(1, int(ifs[0]), own); err != nil {
 					t.Fatal(err)
 				}
-				set := func(in, out bool) {
-					if err := d.Apply(mayOpen(in, out)); err != nil {
-						t.Fatal(err)
+			}
+			set := func(in, out bool) {
+				if err := d.Apply(mayOpen(in, out)); err != nil {
+					t.Fatal(err)
+				}
+			}
+			set(c.in, c.out)
+			a, b, k := own[0], peer[0], 0
+			proto := c.proto
+			if v6 {
+				if a, b = own[1], peer[1]; proto == 1 {
+					proto = 58
+				}
+			}
+			port++ // a flow of its own
+			pa, pb := port, uint16(443)
+			if c.in && !c.out || c.name == "revoked ingress, egress open" {
+				pa, pb = pb, pa
+			}
+			for _, s := range c.steps {
+				k++
+				if ch, ok := s.(change); ok {
+					set(ch.in, ch.out)
+					continue
+				}
+				st := s.(step)
+				p := frame.Packet{Src: a, Dst: b, SrcPort: pa, DstPort: pb, Protocol: proto, TCP: st.tcp, ICMPType: st.tcp}
+				hook := flows.FromPod
+				if !st.out {
+					p.Src, p.Dst, p.SrcPort, p.DstPort, hook = b, a, pb, pa, flows.ToPod
+				}
+				if c.proto == 1 {
+					p.SrcPort = port
+					if v6 {
+						p.ICMPType = 128 + st.tcp/8
 					}
 				}
-				set(c.in, c.out)
-				a, b, k := own[0], peer[0], 0
-				proto := c.proto
-				if v6 {
-					if a, b = own[1], peer[1]; proto == 1 {
-						proto = 58
-					}
+				got, err := d.Run(hook, Input{Packet: p.Bytes(), Ifindex: ifs[0], IngressIfindex: 4242})
+				if err != nil {
+					t.Fatal(err)
 				}
-				pa, pb := uint16(40000+r.IntN(1000)), uint16(443)
-				if c.in && !c.out || c.name == "revoked ingress, egress open" {
-					pa, pb = pb, pa
+				if got.Pass != st.want {
+					t.Errorf("%s, v6 %v: step %d %+v: passes %v", c.name, v6, k, st, got.Pass)
 				}
-				for _, s := range c.steps {
-					k++
-					if ch, ok := s.(change); ok {
-						set(ch.in, ch.out)
-						continue
-					}
-					st := s.(step)
-					p := frame.Packet{Src: a, Dst: b, SrcPort: pa, DstPort: pb, Protocol: proto, TCP: st.tcp, ICMPType: st.tcp}
-					hook := flows.FromPod
-					if !st.out {
-						p.Src, p.Dst, p.SrcPort, p.DstPort, hook = b, a, pb, pa, flows.ToPod
-					}
-					if c.proto == 1 {
-						p.SrcPort = 77
-						if v6 {
-							p.ICMPType = 128 + st.tcp/8
-						}
-					}
-					got, err := d.Run(hook, Input{Packet: p.Bytes(), Ifindex: ifs[0], IngressIfindex: 4242})
-					if err != nil {
-						t.Fatal(err)
-					}
-					if got.Pass != st.want {
-						t.Fatalf("step %d %+v: passes %v", k, st, got.Pass)
-					}
-				}
-			})
+			}
 		}
 	}
 }

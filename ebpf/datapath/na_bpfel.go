@@ -35,23 +35,21 @@ type naCounter struct {
 }
 
 type naCt4 struct {
-	_       structs.HostLayout
-	Ifindex uint32
-	Local   uint32
-	Remote  uint32
-	Lport   uint16
-	Rport   uint16
-	Proto   uint32
+	_      structs.HostLayout
+	Where  uint32
+	Local  uint32
+	Remote uint32
+	Lport  uint16
+	Rport  uint16
 }
 
 type naCt6 struct {
-	_       structs.HostLayout
-	Ifindex uint32
-	Local   [4]uint32
-	Remote  [4]uint32
-	Lport   uint16
-	Rport   uint16
-	Proto   uint32
+	_      structs.HostLayout
+	Where  uint32
+	Local  [4]uint32
+	Remote [4]uint32
+	Lport  uint16
+	Rport  uint16
 }
 
 type naCtValue struct {
@@ -137,10 +135,12 @@ const (
 	naMapState        = "state"
 	naMapWindows      = "windows"
 	naProgNaClock     = "na_clock"
+	naProgNaCollect   = "na_collect"
 	naProgNaFromPod   = "na_from_pod"
 	naProgNaToPod     = "na_to_pod"
 	naProgNaUplinkIn  = "na_uplink_in"
 	naProgNaUplinkOut = "na_uplink_out"
+	naProgNaXdp       = "na_xdp"
 	naVarCfgEvents    = "cfg_events"
 	naVarCfgHz        = "cfg_hz"
 	naVarCfgKeep      = "cfg_keep"
@@ -192,10 +192,12 @@ type naSpecs struct {
 // It can be passed ebpf.CollectionSpec.Assign.
 type naProgramSpecs struct {
 	NaClock     *ebpf.ProgramSpec `ebpf:"na_clock"`
+	NaCollect   *ebpf.ProgramSpec `ebpf:"na_collect"`
 	NaFromPod   *ebpf.ProgramSpec `ebpf:"na_from_pod"`
 	NaToPod     *ebpf.ProgramSpec `ebpf:"na_to_pod"`
 	NaUplinkIn  *ebpf.ProgramSpec `ebpf:"na_uplink_in"`
 	NaUplinkOut *ebpf.ProgramSpec `ebpf:"na_uplink_out"`
+	NaXdp       *ebpf.ProgramSpec `ebpf:"na_xdp"`
 }
 
 // naMapSpecs contains maps before they are loaded into the kernel.
@@ -317,19 +319,23 @@ type naVariables struct {
 // It can be passed to loadNaObjects or ebpf.CollectionSpec.LoadAndAssign.
 type naPrograms struct {
 	NaClock     *ebpf.Program `ebpf:"na_clock"`
+	NaCollect   *ebpf.Program `ebpf:"na_collect"`
 	NaFromPod   *ebpf.Program `ebpf:"na_from_pod"`
 	NaToPod     *ebpf.Program `ebpf:"na_to_pod"`
 	NaUplinkIn  *ebpf.Program `ebpf:"na_uplink_in"`
 	NaUplinkOut *ebpf.Program `ebpf:"na_uplink_out"`
+	NaXdp       *ebpf.Program `ebpf:"na_xdp"`
 }
 
 func (p *naPrograms) Close() error {
 	return _NaClose(
 		p.NaClock,
+		p.NaCollect,
 		p.NaFromPod,
 		p.NaToPod,
 		p.NaUplinkIn,
 		p.NaUplinkOut,
+		p.NaXdp,
 	)
 }
 

@@ -24,7 +24,7 @@ type perCPU struct{ Packets, Bytes uint64 }
 // Counters reads those that are not zero. It may be called from any goroutine.
 func (d *Datapath) Counters() ([]Counter, error) {
 	var out []Counter
-	for key := range uint32(128) {
+	for key := range uint32(160) {
 		var values []perCPU
 		if err := d.objs.Counters.Lookup(key, &values); err != nil {
 			return nil, fmt.Errorf("read counter %d: %w", key, err)

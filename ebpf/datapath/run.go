@@ -22,6 +22,8 @@ func (d *Datapath) program(h Hook) *ciliumebpf.Program {
 		return d.objs.NaToPod
 	case flows.UplinkIn:
 		return d.objs.NaUplinkIn
+	case flows.XDP:
+		return d.objs.NaXdp
 	}
 	return d.objs.NaUplinkOut
 }

@@ -19,6 +19,7 @@ const (
 	ToPod                 // the pod is to get it
 	UplinkIn              // it came in by a NIC
 	UplinkOut             // it is to leave by a NIC
+	XDP                   // it came in by a NIC, before the kernel's stack
 )
 
 func (h Hook) String() string {
@@ -31,12 +32,14 @@ func (h Hook) String() string {
 		return "uplink-in"
 	case UplinkOut:
 		return "uplink-out"
+	case XDP:
+		return "xdp"
 	}
 	return fmt.Sprintf("hook-%d", uint8(h))
 }
 
 // Hooks are all of them.
-func Hooks() []Hook { return []Hook{FromPod, ToPod, UplinkIn, UplinkOut} }
+func Hooks() []Hook { return []Hook{FromPod, ToPod, UplinkIn, UplinkOut, XDP} }
 
 // Reason is why a packet passed or did not. The numbers are stable.
 type Reason uint8

@@ -6,6 +6,7 @@
 //                  local pods' flows that were translated on the way
 //   na_uplink_out  NIC, egress: egress policy of flows that were translated
 //   na_uplink_in   NIC, ingress: drops early what na_to_pod would drop
+//   na_xdp         NIC, if asked for: the same before the stack sees the packet
 //
 // A packet is judged by arrays: row[class of the peer] is a profile,
 // profile[class of the port] a bit. Replies need conntrack, which is kept per
@@ -61,8 +62,10 @@ struct state {
 struct lpm4 { __u32 bits; __u32 addr; };
 struct lpm6 { __u32 bits; __u32 addr[4]; };
 
-struct ct4 { __u32 ifindex; __u32 local, remote; __u16 lport, rport; __u32 proto; };
-struct ct6 { __u32 ifindex; __u32 local[4], remote[4]; __u16 lport, rport; __u32 proto; };
+/* Conntrack's keys, of one pod's interface: its low 24 bits and the protocol. */
+struct ct4 { __u32 where, local, remote; __u16 lport, rport; };
+struct ct6 { __u32 where, local[4], remote[4]; __u16 lport, rport; };
+union flow { struct ct4 v4; struct ct6 v6; };
 struct ct_value { __u32 last; __u32 flags; };
 
 enum {
@@ -119,14 +122,14 @@ MAP(state, ARRAY, __u32, struct state, 1, BPF_F_MMAPABLE);
 MAP(ct4, LRU_HASH, struct ct4, struct ct_value, 65536, 0);
 MAP(ct6, LRU_HASH, struct ct6, struct ct_value, 65536, 0);
 MAP(frags, LRU_HASH, struct frag_key, struct frag_ports, 4096, 0);
-MAP(counters, PERCPU_ARRAY, __u32, struct counter, 128, 0);
+MAP(counters, PERCPU_ARRAY, __u32, struct counter, 160, 0);
 MAP(windows, PERCPU_ARRAY, __u32, struct window, 32, 0);
 struct {
 	__uint(type, BPF_MAP_TYPE_RINGBUF);
 	__uint(max_entries, 1 << 18);
 } events SEC(".maps");
 
-enum hook { H_FROM_POD, H_TO_POD, H_UPLINK_IN, H_UPLINK_OUT };
+enum hook { H_FROM_POD, H_TO_POD, H_UPLINK_IN, H_UPLINK_OUT, H_XDP };
 
 enum reason {
 	R_POLICY, R_OPEN, R_REPLY, R_INFERRED, R_RELATED, R_HOST, R_HAIRPIN, R_NEIGHBOUR, R_DEFERRED, R_PASS,
@@ -513,51 +516,46 @@ static __always_inline __u32 verdict(struct packet *p, __u64 word, int dir, __u3
 	return look(p, word, dir, class, proto, port);
 }
 
-/* Conntrack. out: the packet leaves the pod, its source is local. */
-struct flow {
-	__u32 local[4], remote[4];
-	__u16 lport, rport;
-	__u32 proto, ifindex;
-};
-
-static __always_inline void flow_of(struct flow *f, struct packet *p, __u32 ifindex, bool out, bool v6)
+static __always_inline void flow_make(union flow *f, __u32 ifindex, __u8 proto, const __u32 *local, __u16 lport, const __u32 *remote,
+				      __u16 rport, bool v6)
 {
-	__builtin_memcpy(f->local, out ? p->src : p->dst, v6 ? 16 : 4);
-	__builtin_memcpy(f->remote, out ? p->dst : p->src, v6 ? 16 : 4);
-	f->lport = out ? p->sport : p->dport;
-	f->rport = out ? p->dport : p->sport;
-	f->proto = p->proto;
-	f->ifindex = ifindex;
-}
+	__u32 where = ifindex << 8 | proto;
 
-static __always_inline struct ct_value *ct_find(struct flow *f, bool v6)
-{
 	if (v6) {
-		struct ct6 k = {.ifindex = f->ifindex, .lport = f->lport, .rport = f->rport, .proto = f->proto};
-
-		__builtin_memcpy(k.local, f->local, 16);
-		__builtin_memcpy(k.remote, f->remote, 16);
-		return bpf_map_lookup_elem(&ct6, &k);
+		f->v6.where = where;
+		__builtin_memcpy(f->v6.local, local, 16);
+		__builtin_memcpy(f->v6.remote, remote, 16);
+		f->v6.lport = lport;
+		f->v6.rport = rport;
 	} else {
-		struct ct4 k = {f->ifindex, f->local[0], f->remote[0], f->lport, f->rport, f->proto};
-
-		return bpf_map_lookup_elem(&ct4, &k);
+		f->v4.where = where;
+		f->v4.local = *local;
+		f->v4.remote = *remote;
+		f->v4.lport = lport;
+		f->v4.rport = rport;
 	}
 }
 
-static __always_inline void ct_put(struct flow *f, struct ct_value *v, bool v6)
+/* flow_of is a packet's flow. out: the pod sends it, its source is local. */
+static __always_inline void flow_of(union flow *f, struct packet *p, bool out, bool v6)
 {
-	if (v6) {
-		struct ct6 k = {.ifindex = f->ifindex, .lport = f->lport, .rport = f->rport, .proto = f->proto};
+	if (out)
+		flow_make(f, p->ifindex, p->proto, p->src, p->sport, p->dst, p->dport, v6);
+	else
+		flow_make(f, p->ifindex, p->proto, p->dst, p->dport, p->src, p->sport, v6);
+}
 
-		__builtin_memcpy(k.local, f->local, 16);
-		__builtin_memcpy(k.remote, f->remote, 16);
-		bpf_map_update_elem(&ct6, &k, v, BPF_ANY);
-	} else {
-		struct ct4 k = {f->ifindex, f->local[0], f->remote[0], f->lport, f->rport, f->proto};
+static __always_inline struct ct_value *ct_find(union flow *f, bool v6)
+{
+	return v6 ? bpf_map_lookup_elem(&ct6, &f->v6) : bpf_map_lookup_elem(&ct4, &f->v4);
+}
 
-		bpf_map_update_elem(&ct4, &k, v, BPF_ANY);
-	}
+static __always_inline void ct_put(union flow *f, struct ct_value *v, bool v6)
+{
+	if (v6)
+		bpf_map_update_elem(&ct6, &f->v6, v, BPF_ANY);
+	else
+		bpf_map_update_elem(&ct4, &f->v4, v, BPF_ANY);
 }
 
 static __always_inline __u32 ct_seconds(__u32 flags, __u32 proto)
@@ -575,13 +573,16 @@ static __always_inline __u32 ct_seconds(__u32 flags, __u32 proto)
 	return 600;
 }
 
-static __always_inline struct ct_value *ct_alive(struct flow *f, bool v6)
+static __always_inline bool ct_dead(struct ct_value *v, __u32 proto)
+{
+	return (__u32)bpf_jiffies64() - v->last > ct_seconds(v->flags, proto) * cfg_hz;
+}
+
+static __always_inline struct ct_value *ct_alive(union flow *f, bool v6)
 {
 	struct ct_value *v = ct_find(f, v6);
 
-	if (!v || (__u32)bpf_jiffies64() - v->last > ct_seconds(v->flags, f->proto) * cfg_hz)
-		return NULL;
-	return v;
+	return v && !ct_dead(v, f->v4.where & 0xff) ? v : NULL;
 }
 
 /* ct_touch notes that a packet of a known flow went by, opposite to or along
@@ -605,7 +606,7 @@ static __always_inline void ct_touch(struct ct_value *v, struct packet *p, bool 
 /* track keeps conntrack of a packet that policy allows as such: opened is
  * CT_OUT or CT_IN by the way it goes, with CT_HOST or CT_DEFER. It returns
  * true for a flow that is new. */
-static __always_inline bool track(struct flow *f, struct packet *p, __u32 opened, bool v6)
+static __always_inline bool track(union flow *f, struct packet *p, __u32 opened, bool v6)
 {
 	struct ct_value *v, n;
 
@@ -613,9 +614,14 @@ static __always_inline bool track(struct flow *f, struct packet *p, __u32 opened
 		return false;
 	v = ct_alive(f, v6);
 	if (v && !(OPENS(p) && !(v->flags & opened))) {
+		bool along = v->flags & opened & (CT_OUT | CT_IN);
+
 		if (opened & CT_DEFER & ~v->flags && v->flags & CT_OUT)
 			WRITE_ONCE(v->flags, v->flags | CT_DEFER);
-		ct_touch(v, p, v->flags & opened & (CT_OUT | CT_IN));
+		/* Without TCP's openings, whom policy lets speak first has opened it as well. */
+		if (!along && p->proto != 6 && !(v->flags & CT_HOST))
+			WRITE_ONCE(v->flags, v->flags | (opened & (CT_OUT | CT_IN)));
+		ct_touch(v, p, along);
 		return false;
 	}
 	n.last = (__u32)bpf_jiffies64();
@@ -635,7 +641,7 @@ static __always_inline bool track(struct flow *f, struct packet *p, __u32 opened
 	return true;
 }
 
-static __noinline int tell(struct __sk_buff *skb, struct packet *p, __u32 what, __u32 endpoint)
+static __noinline int tell(struct packet *p, __u32 what, __u32 endpoint, __u32 len)
 {
 	__u32 reason = what & 0xff, hook = what >> 8 & 0xff, key = reason & 31, second;
 	struct window *w = bpf_map_lookup_elem(&windows, &key);
@@ -660,7 +666,7 @@ static __noinline int tell(struct __sk_buff *skb, struct packet *p, __u32 what, 
 	__builtin_memcpy(e.dst, p->dst, 16);
 	e.sport = p->sport;
 	e.dport = p->dport;
-	e.len = skb->len;
+	e.len = len;
 	e.hook = hook;
 	e.reason = reason;
 	e.proto = p->proto;
@@ -670,13 +676,22 @@ static __noinline int tell(struct __sk_buff *skb, struct packet *p, __u32 what, 
 	return 0;
 }
 
+static __always_inline void count(enum hook hook, enum reason reason, __u32 len)
+{
+	__u32 key = hook * 32 + reason;
+	struct counter *c = bpf_map_lookup_elem(&counters, &key);
+
+	if (c) {
+		c->packets++;
+		c->bytes += len;
+	}
+}
+
 /* done counts and tells. fresh: the first packet of a flow. */
 static __always_inline int done(struct __sk_buff *skb, struct packet *p, enum hook hook, enum reason reason, __u64 word,
 				__u32 endpoint, bool fresh, bool v6)
 {
-	__u32 key = hook * 32 + reason;
 	bool audit = DROPPED(reason) && word & W_AUDIT && word & W_ACTIVE && reason != R_SPOOF;
-	struct counter *c;
 
 	if (__builtin_expect(p->dry, 0)) {
 		skb->cb[1] = reason;
@@ -684,13 +699,9 @@ static __always_inline int done(struct __sk_buff *skb, struct packet *p, enum ho
 		skb->cb[3] = p->profile;
 		return DROPPED(reason) && !audit ? DROP : ALLOW;
 	}
-	c = bpf_map_lookup_elem(&counters, &key);
-	if (c) {
-		c->packets++;
-		c->bytes += skb->len;
-	}
+	count(hook, reason, skb->len);
 	if (DROPPED(reason) || fresh)
-		tell(skb, p, reason | hook << 8 | (v6 | audit << 1 | (DROPPED(reason) && !audit) << 2) << 16, endpoint);
+		tell(p, reason | hook << 8 | (v6 | audit << 1 | (DROPPED(reason) && !audit) << 2) << 16, endpoint, skb->len);
 	return DROPPED(reason) && !audit ? DROP : ALLOW;
 }
 
@@ -702,28 +713,24 @@ static __always_inline bool same(const __u32 *a, const __u32 *b)
 /* reply judges a packet that policy does not allow as such: it may answer a
  * flow that the other side was allowed to open. dir is the way the packet goes,
  * class the peer's. */
-static __always_inline enum reason reply(struct flow *f, struct packet *p, __u64 word, int dir, __u32 class, bool v6)
+static __always_inline enum reason reply(union flow *f, struct packet *p, __u64 word, int dir, __u32 class, bool v6)
 {
-	__u32 opened = dir == IN ? CT_OUT : CT_IN, v;
+	__u32 opened = dir == IN ? CT_OUT : CT_IN;
 	enum reason denied = dir == IN ? R_POLICY_IN : R_POLICY_OUT;
 	struct ct_value *ct;
 
-	if (p->error) {
-		struct flow g = *f;
+	if (p->error) { /* the packet that it is about went the other way */
+		__u32 *local = dir == IN ? p->isrc : p->idst, *remote = dir == IN ? p->idst : p->isrc;
+		__u16 lport = dir == IN ? p->isport : p->idport, rport = dir == IN ? p->idport : p->isport;
+		union flow g = {};
 
-		/* The inner packet went the other way. */
-		__builtin_memcpy(g.local, dir == IN ? p->isrc : p->idst, 16);
-		__builtin_memcpy(g.remote, dir == IN ? p->idst : p->isrc, 16);
-		g.lport = dir == IN ? p->isport : p->idport;
-		g.rport = dir == IN ? p->idport : p->isport;
-		g.proto = p->iproto;
+		flow_make(&g, p->ifindex, p->iproto, local, lport, remote, rport, v6);
 		if (ct_alive(&g, v6))
 			return R_RELATED;
 		/* Unknown, as after a restart: a flow that policy allows, of this pod. */
-		if (cfg_strict || !same(g.local, f->local))
+		if (cfg_strict || !same(local, dir == IN ? p->dst : p->src))
 			return denied;
-		v = class_of(g.remote, v6);
-		if (p->iproto == 6 && (verdict(p, word, OUT, v, p->iport, g.rport) == P_ALLOW))
+		if (p->iproto == 6 && verdict(p, word, OUT, class_of(remote, v6), p->iport, rport) != P_DENY)
 			return R_RELATED;
 		return denied;
 	}
@@ -739,7 +746,7 @@ static __always_inline enum reason reply(struct flow *f, struct packet *p, __u64
 		}
 		if (!(ct->flags & opened))
 			return R_REVOKED;
-		if (!(ct->flags & CT_DEFER) && verdict(p, word, !dir, class, p->port, p->sport) != P_ALLOW)
+		if (!(ct->flags & CT_DEFER) && verdict(p, word, !dir, class, p->port, p->sport) == P_DENY)
 			return R_REVOKED;
 		ct_touch(ct, p, false);
 		return R_REPLY;
@@ -748,13 +755,15 @@ static __always_inline enum reason reply(struct flow *f, struct packet *p, __u64
 		return R_DEGRADED;
 	if (p->proto != 6 || OPENS(p) || p->later || cfg_strict)
 		return denied;
-	if (verdict(p, word, !dir, class, p->port, p->sport) != P_ALLOW)
+	/* From a service's address (P_DEFER) it is a segment that this node has
+	 * translated back: only so can it have come here with that source. */
+	if (verdict(p, word, !dir, class, p->port, p->sport) == P_DENY)
 		return denied;
 	return R_INFERRED;
 }
 
 /* infer notes a flow that was taken for the answer to one not known. */
-static __always_inline void infer(struct flow *f, struct packet *p, int dir, bool v6)
+static __always_inline void infer(union flow *f, struct packet *p, int dir, bool v6)
 {
 	struct ct_value n = {.last = (__u32)bpf_jiffies64(), .flags = (dir == IN ? CT_OUT : CT_IN) | CT_REPLIED};
 
@@ -801,7 +810,7 @@ static __always_inline int from_pod(struct __sk_buff *skb, struct packet *p, int
 	__u32 class, v = P_ALLOW;
 	struct ct_value *ct;
 	enum reason r;
-	struct flow f = {};
+	union flow f = {};
 
 	if (parsed == NEIGHBOUR)
 		return done(skb, p, H_FROM_POD, R_NEIGHBOUR, word, id, false, v6);
@@ -811,7 +820,7 @@ static __always_inline int from_pod(struct __sk_buff *skb, struct packet *p, int
 		return done(skb, p, H_FROM_POD, R_SPOOF, word, id, false, v6);
 	if (parsed != PARSED) /* a fragment of an unknown first, of a pod that is not isolated */
 		return done(skb, p, H_FROM_POD, R_OPEN, word, id, false, v6);
-	flow_of(&f, p, p->ifindex, true, v6);
+	flow_of(&f, p, true, v6);
 	if (!(word & W_ACTIVE)) {
 		ct = ct_alive(&f, v6);
 		return done(skb, p, H_FROM_POD, ct && ct->flags & CT_HOST ? R_HOST : R_NOT_READY, word, id, false, v6);
@@ -872,12 +881,12 @@ static __always_inline int to_pod(struct __sk_buff *skb, struct packet *p, int p
 	__u32 class = 0, in = p->ingress;
 	bool fresh;
 	enum reason r;
-	struct flow f = {};
+	union flow f = {};
 
 	if (parsed == NEIGHBOUR)
 		return done(skb, p, H_TO_POD, R_NEIGHBOUR, word, id, false, v6);
 	if (parsed == PARSED)
-		flow_of(&f, p, p->ifindex, false, v6);
+		flow_of(&f, p, false, v6);
 	if (in == 0) { /* this host sends it: probes, and whatever the node does */
 		if (parsed == PARSED && !p->dry)
 			track(&f, p, CT_IN | CT_HOST, v6);
@@ -972,7 +981,9 @@ int na_uplink_out(struct __sk_buff *skb)
 	return done(skb, &p, H_UPLINK_OUT, R_POLICY, 0, 0, false, v6);
 }
 
-static __always_inline int uplink_in(struct __sk_buff *skb, struct packet *p, bool v6)
+/* early says whether na_to_pod will drop an opening from outside. It finds the
+ * endpoint's number only then. */
+static __always_inline bool early(struct packet *p, bool v6, __u32 *endpoint)
 {
 	__u32 *id = v6 ? bpf_map_lookup_elem(&ep_ip6, p->dst) : bpf_map_lookup_elem(&ep_ip4, p->dst);
 	struct endpoint *e = id ? bpf_map_lookup_elem(&endpoints, id) : NULL;
@@ -980,14 +991,22 @@ static __always_inline int uplink_in(struct __sk_buff *skb, struct packet *p, bo
 	__u64 word;
 
 	if (!e)
-		return ALLOW;
+		return false;
 	word = READ_ONCE(e->word);
 	if (!(word & W_ISO(IN)) || !(word & W_ACTIVE) || word & (W_AUDIT | W_DEGRADED))
-		return ALLOW;
+		return false;
 	class = class_of(p->src, v6);
 	if (class & CLASS_NODE || look(p, word, IN, class, p->port, p->dport) != P_DENY)
-		return ALLOW;
-	return done(skb, p, H_UPLINK_IN, R_EARLY, word, *id, false, v6);
+		return false;
+	*endpoint = *id;
+	return true;
+}
+
+static __always_inline int uplink_in(struct __sk_buff *skb, struct packet *p, bool v6)
+{
+	__u32 id = 0;
+
+	return early(p, v6, &id) ? done(skb, p, H_UPLINK_IN, R_EARLY, 0, id, false, v6) : ALLOW;
 }
 
 /* Only openings of TCP connections: nothing else can be told from an answer
@@ -1010,6 +1029,92 @@ int na_uplink_in(struct __sk_buff *skb)
 		return uplink_in(skb, &p, true);
 	}
 	return ALLOW;
+}
+
+static __always_inline bool opening(struct packet *p, void *tcp, void *end)
+{
+	__u8 *b = tcp;
+
+	if (tcp + 14 > end)
+		return false;
+	p->tcp = b[13];
+	p->sport = (__u16)b[0] << 8 | b[1];
+	p->dport = (__u16)b[2] << 8 | b[3];
+	return OPENS(p);
+}
+
+static __always_inline int xdp_judge(struct packet *p, bool v6, __u32 len)
+{
+	__u32 id = 0;
+
+	if (!early(p, v6, &id))
+		return XDP_PASS;
+	count(H_XDP, R_EARLY, len);
+	tell(p, R_EARLY | H_XDP << 8 | (v6 | 4) << 16, id, len);
+	return XDP_DROP;
+}
+
+/* What is not plain (fragments, extension headers, VLAN tags) goes on to
+ * na_uplink_in and na_to_pod. */
+SEC("xdp")
+int na_xdp(struct xdp_md *x)
+{
+	void *data = (void *)(long)x->data, *end = (void *)(long)x->data_end;
+	struct eth_ip4 *h = data;
+	struct packet p;
+
+	if (data + 54 > end)
+		return XDP_PASS;
+	__builtin_memset(&p, 0, sizeof(p));
+	p.ifindex = READ_ONCE(x->ingress_ifindex);
+	p.proto = 6;
+	if (h->proto == htons(ETH_P_IP)) {
+		if (h->protocol != 6 || h->ihl_version < 0x45 || h->ihl_version > 0x4f || ntohs(h->frag_off) & 0x3fff)
+			return XDP_PASS;
+		if (!opening(&p, data + 14 + (h->ihl_version & 15) * 4, end))
+			return XDP_PASS;
+		p.src[0] = h->saddr;
+		p.dst[0] = h->daddr;
+		return xdp_judge(&p, false, end - data);
+	}
+	if (h->proto == htons(ETH_P_IPV6)) {
+		struct eth_ip6 *h6 = data;
+
+		if (h6->nexthdr != 6 || !opening(&p, data + 54, end))
+			return XDP_PASS;
+		__builtin_memcpy(p.src, h6->saddr, 16);
+		__builtin_memcpy(p.dst, h6->daddr, 16);
+		return xdp_judge(&p, true, end - data);
+	}
+	return XDP_PASS;
+}
+
+/* Run by the loader with keys of conntrack behind 16 bytes of header: deletes
+ * those whose flows are dead, looking at them once more: a packet may have come
+ * by since the loader did. Returns how many went. */
+#define COLLECT 64 /* keys a run */
+#define COLLECT_V6 1
+#define COLLECT_ANY 2 /* dead or not: the interface is gone */
+
+SEC("tc")
+int na_collect(struct __sk_buff *skb)
+{
+	__u32 mode = skb->mark, size = mode & COLLECT_V6 ? sizeof(struct ct6) : sizeof(struct ct4);
+	int gone = 0;
+
+	for (int i = 0; i < COLLECT; i++) {
+		union flow f = {};
+		struct ct_value *v;
+		bool v6 = mode & COLLECT_V6;
+
+		if (v6 ? bpf_skb_load_bytes(skb, 16 + i * size, &f.v6, sizeof(f.v6)) : bpf_skb_load_bytes(skb, 16 + i * size, &f.v4, sizeof(f.v4)))
+			break;
+		v = ct_find(&f, v6);
+		if (!v || (!(mode & COLLECT_ANY) && !ct_dead(v, f.v4.where & 0xff)))
+			continue;
+		gone += v6 ? !bpf_map_delete_elem(&ct6, &f.v6) : !bpf_map_delete_elem(&ct4, &f.v4);
+	}
+	return gone;
 }
 
 /* Run once by the loader, which learns from it how many jiffies a second has. */

@@ -100,7 +100,8 @@ type Network struct {
 // Policy configures how NetworkPolicy is enforced.
 type Policy struct {
 	Mode            string         `yaml:"mode" allowed:"off,enforce" doc:"enforce: no pod starts before its policy is in force. off: nothing is loaded, and what an earlier daemon left in force is removed."`
-	Dir             string         `yaml:"dir" doc:"Directory with NetworkPolicies, Namespaces and Pods (labels, named ports) as YAML; watched."`
+	Kubeconfig      string         `yaml:"kubeconfig" doc:"Kubeconfig of the API server whose pods, namespaces and networkpolicies are watched. Empty: what is in dir counts. It may be written after the start."`
+	Dir             string         `yaml:"dir" doc:"Directory with NetworkPolicies, Namespaces and Pods (labels, named ports) as YAML; watched, unless kubeconfig is given."`
 	BPFFS           string         `yaml:"bpffs" doc:"BPF filesystem for what has to survive the daemon; mounted there if it is not."`
 	Uplinks         []string       `yaml:"uplinks" reload:"live" doc:"Patterns of the names of the host's NICs. Empty: those of the default routes."`
 	ServiceCIDRs    []netip.Prefix `yaml:"serviceCIDRs" doc:"Ranges of service addresses. Egress to them is judged by the pod that the connection is translated to."`

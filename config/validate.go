@@ -57,6 +57,9 @@ func (c Config) faults() []Fault {
 	v.network(c.Network)
 	v.absolute("policy.dir", c.Policy.Dir)
 	v.absolute("policy.bpffs", c.Policy.BPFFS)
+	if c.Policy.Kubeconfig != "" {
+		v.absolute("policy.kubeconfig", c.Policy.Kubeconfig)
+	}
 	for i, pattern := range c.Policy.Uplinks {
 		if _, err := filepath.Match(pattern, ""); err != nil || pattern == "" {
 			v.add(fmt.Sprintf("policy.uplinks[%d]", i), "%q is no pattern of names", pattern)

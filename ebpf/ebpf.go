@@ -28,6 +28,8 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sys/unix"
 
 	"github.com/nodeagent/nodeagent/ebpf/datapath"
 	"github.com/nodeagent/nodeagent/ebpf/flows"
@@ -35,18 +37,11 @@ import (
 	"github.com/nodeagent/nodeagent/ebpf/policy"
 )
 
-// Objects are the cluster's, as a Source has them. Pods may leave out those of
-// this node: the runtime names them.
-type Objects struct {
-	Namespaces []objects.Namespace
-	Pods       []objects.Pod
-	Policies   []*objects.Policy
-}
-
-// Source tells the objects: whole states, the first as soon as it is complete.
-// What it has handed over it must not change.
+// Source tells the cluster's objects: all of each kind as soon as all are
+// known, and then what changes. Pods may leave out those of this node: the
+// runtime names them.
 type Source interface {
-	Run(ctx context.Context, set func(Objects)) error
+	Run(ctx context.Context, set func(objects.Change)) error
 }
 
 // Config of an Engine. Zero fields take the defaults named.
@@ -87,6 +82,13 @@ type Engine struct {
 	subscribers map[chan Flow]bool
 	names       map[uint32]objects.PodKey // of endpoints
 	lost        uint64                    // flows not told: a subscriber was slow
+	recent      []Flow                    // a ring when it is full
+	told        int                       // flows that came
+
+	enforced *prometheus.HistogramVec // by what changed, in seconds
+
+	opened sync.RWMutex       // held while d is used by others than Run's goroutine
+	d      *datapath.Datapath // nil: not running
 }
 
 // call is work for Run's goroutine. done gets what came of it once it is in
@@ -122,7 +124,10 @@ func New(cfg Config) (*Engine, error) {
 		return nil, err
 	}
 	cfg.Datapath.Log = cfg.Log
-	return &Engine{cfg: cfg, calls: make(chan call), sample: make(chan flows.Event, 1), ended: make(chan struct{}), subscribers: map[chan Flow]bool{}, names: map[uint32]objects.PodKey{}}, nil
+	return &Engine{
+		cfg: cfg, calls: make(chan call), sample: make(chan flows.Event, 1), ended: make(chan struct{}),
+		subscribers: map[chan Flow]bool{}, names: map[uint32]objects.PodKey{}, enforced: newEnforced(),
+	}, nil
 }
 
 func checkUplinks(patterns []string) error {
@@ -148,11 +153,13 @@ func (e *Engine) Run(ctx context.Context) error {
 		return err
 	}
 	s := newState(e.cfg, d, e.name)
+	e.open(d)
 	ctx, cancel := context.WithCancel(ctx)
 	var wg sync.WaitGroup
 	defer func() {
 		cancel()
 		wg.Wait()
+		e.open(nil)
 		s.close()
 	}()
 	failed := make(chan error, 3)
@@ -167,12 +174,18 @@ func (e *Engine) Run(ctx context.Context) error {
 	start("host's interfaces", func(ctx context.Context) error { return watchHost(ctx, func(h host) { e.hostChanged(ctx, h) }) })
 	if e.cfg.Source != nil {
 		start("source of policies", func(ctx context.Context) error {
-			return e.cfg.Source.Run(ctx, func(o Objects) { _ = e.SetObjects(ctx, o) })
+			return e.cfg.Source.Run(ctx, func(c objects.Change) { _ = e.Change(ctx, c) })
 		})
 	} else {
 		s.synced = true
 	}
 	return e.loop(ctx, s, failed)
+}
+
+func (e *Engine) open(d *datapath.Datapath) {
+	e.opened.Lock()
+	defer e.opened.Unlock()
+	e.d = d
 }
 
 func (e *Engine) loop(ctx context.Context, s *state, failed <-chan error) error {
@@ -233,11 +246,15 @@ func (e *Engine) call(ctx context.Context, late bool, do func(*state) error) err
 	}
 }
 
-// SetObjects replaces the cluster's objects and returns when they are enforced,
-// or, before the first Reconcile, noted.
-func (e *Engine) SetObjects(ctx context.Context, o Objects) error {
+// Change tells what became of the cluster's objects and returns when that is
+// enforced, or, before the first Reconcile, noted. The first must be whole.
+func (e *Engine) Change(ctx context.Context, c objects.Change) error {
+	if c.Seen.IsZero() {
+		c.Seen = time.Now()
+	}
+	defer func() { e.enforced.WithLabelValues("objects").Observe(time.Since(c.Seen).Seconds()) }()
 	return e.call(ctx, false, func(s *state) error {
-		s.objects, s.synced, s.changed = o, true, true
+		s.change(&c)
 		return nil
 	})
 }
@@ -247,6 +264,8 @@ func (e *Engine) SetObjects(ctx context.Context, o Objects) error {
 func (e *Engine) PodStarting(ctx context.Context, p Pod) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, e.cfg.StartWait, fmt.Errorf("no policy for pod %s after %s: %w", p.PodKey, e.cfg.StartWait, errdefs.ErrUnavailable))
 	defer cancel()
+	began := time.Now()
+	defer func() { e.enforced.WithLabelValues("pod").Observe(time.Since(began).Seconds()) }()
 	return e.call(ctx, true, func(s *state) error {
 		if err := ctx.Err(); err != nil {
 			return err // nobody waits for it any more
@@ -279,9 +298,11 @@ type Status struct {
 	Faults         map[objects.PodKey][]string // what of a policy cannot be used
 	Problems       []string                    // what is denied for want of room
 	Tables         policy.Stats
+	Rows           datapath.Room // blocks of 128 bytes
+	Limits         policy.Limits
 	Counters       []datapath.Counter
-	Checked, Drift uint64        // flows that the self-check judged, and on which program and reference differed
-	LastApply      time.Duration // from a change's arrival to its enforcement, the latest
+	Checked, Drift uint64 // flows that the self-check judged, and on which program and reference differed
+	Lost           uint64 // flow events that a reader was too slow for
 }
 
 // Status asks.
@@ -292,6 +313,9 @@ func (e *Engine) Status(ctx context.Context) (Status, error) {
 		out, err = s.status()
 		return err
 	})
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	out.Lost = e.lost
 	return out, err
 }
 
@@ -304,7 +328,7 @@ func (e *Engine) SetUplinks(ctx context.Context, patterns []string) error {
 		return err
 	}
 	return e.call(ctx, false, func(s *state) error {
-		s.cfg.Uplinks, s.changed = patterns, true
+		s.cfg.Uplinks = patterns
 		if s.ready {
 			s.attachUplinks()
 		}
@@ -318,16 +342,49 @@ func (e *Engine) Alive(ctx context.Context) error {
 	return e.call(ctx, false, func(*state) error { return nil })
 }
 
+// Flows counts what conntrack holds.
+func (e *Engine) Flows() (datapath.Room, error) {
+	e.opened.RLock()
+	defer e.opened.RUnlock()
+	if e.d == nil {
+		return datapath.Room{}, fmt.Errorf("policy engine does not run: %w", errdefs.ErrUnavailable)
+	}
+	return e.d.Flows()
+}
+
 // Flow is an event and the local pod that it is about.
 type Flow struct {
 	flows.Event
-	Pod objects.PodKey
+	Pod  objects.PodKey
+	When time.Time
 }
 
-// Subscribe returns flows as they happen until ctx ends. Who is slow misses some.
-func (e *Engine) Subscribe(ctx context.Context) <-chan Flow {
-	in, out := make(chan Flow, 1024), make(chan Flow)
+// remembered is how many flows Recent knows at most.
+const remembered = 1024
+
+// Recent returns the latest flows, oldest first.
+func (e *Engine) Recent() []Flow {
 	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.recentLocked()
+}
+
+func (e *Engine) recentLocked() []Flow {
+	if len(e.recent) < remembered {
+		return slices.Clone(e.recent)
+	}
+	at := e.told % remembered // the oldest
+	return slices.Concat(e.recent[at:], e.recent[:at])
+}
+
+// Subscribe returns the latest flows, and then flows as they happen until ctx
+// ends. Who is slow misses some.
+func (e *Engine) Subscribe(ctx context.Context) <-chan Flow {
+	in, out := make(chan Flow, 2*remembered), make(chan Flow)
+	e.mu.Lock()
+	for _, f := range e.recentLocked() {
+		in <- f
+	}
 	e.subscribers[in] = true
 	e.mu.Unlock()
 	go func() { // ends with ctx
@@ -354,19 +411,37 @@ func (e *Engine) Subscribe(ctx context.Context) <-chan Flow {
 }
 
 func (e *Engine) tell(ev flows.Event) {
-	select {
-	case e.sample <- ev:
-	default:
+	if checkable(&ev) {
+		select {
+		case e.sample <- ev:
+		default:
+		}
 	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
+	f := Flow{ev, e.names[ev.Endpoint], wall(ev.Time)}
+	if len(e.recent) < remembered {
+		e.recent = append(e.recent, f)
+	} else {
+		e.recent[e.told%remembered] = f
+	}
+	e.told++
 	for ch := range e.subscribers {
 		select {
-		case ch <- Flow{ev, e.names[ev.Endpoint]}:
+		case ch <- f:
 		default:
 			e.lost++
 		}
 	}
+}
+
+// wall is the time of day at a time of the monotonic clock.
+func wall(since time.Duration) time.Time {
+	var now unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_MONOTONIC, &now); err != nil {
+		return time.Now()
+	}
+	return time.Now().Add(since - time.Duration(now.Nano()))
 }
 
 // name notes which pod an endpoint is; the zero key: none any more.

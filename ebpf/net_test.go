@@ -60,7 +60,7 @@ type site struct {
 	fs      string
 	engine  *Engine
 	stop    func()
-	objects Objects
+	objects objects.Lists
 }
 
 // place is a network namespace with servers in it.
@@ -360,7 +360,7 @@ func (s *site) local(name string) Pod {
 
 func (s *site) ready(names ...string) {
 	s.t.Helper()
-	must(s.t, s.engine.SetObjects(s.t.Context(), s.objects))
+	must(s.t, s.engine.Change(s.t.Context(), s.objects.Whole()))
 	var live []Pod
 	for _, n := range names {
 		live = append(live, s.local(n))
@@ -391,8 +391,8 @@ func policies(t *testing.T, text string) []*objects.Policy {
 
 func (s *site) set(text string) {
 	s.t.Helper()
-	s.objects = Objects{Namespaces: []objects.Namespace{{Name: "ns"}}, Policies: policies(s.t, text)}
-	must(s.t, s.engine.SetObjects(s.t.Context(), s.objects))
+	s.objects = objects.Lists{Namespaces: []objects.Namespace{{Name: "ns"}}, Policies: policies(s.t, text)}
+	must(s.t, s.engine.Change(s.t.Context(), s.objects.Whole()))
 }
 
 const everything = `
@@ -513,7 +513,7 @@ func TestRestart(t *testing.T) {
 	}
 	s := newSite(t)
 	s.start(Config{})
-	s.objects = Objects{Namespaces: []objects.Namespace{{Name: "ns"}}, Policies: policies(t, `
+	s.objects = objects.Lists{Namespaces: []objects.Namespace{{Name: "ns"}}, Policies: policies(t, `
 podSelector: {matchLabels: {app: b}}
 ingress:
 - from: [{podSelector: {matchLabels: {app: a}}}]
@@ -592,7 +592,7 @@ func TestFirstPacket(t *testing.T) {
 	}
 	s := newSite(t)
 	s.start(Config{StartWait: 300 * time.Millisecond})
-	s.objects = Objects{Namespaces: []objects.Namespace{{Name: "ns"}}, Policies: policies(t, `
+	s.objects = objects.Lists{Namespaces: []objects.Namespace{{Name: "ns"}}, Policies: policies(t, `
 podSelector: {matchLabels: {app: d}}
 policyTypes: [Ingress, Egress]`)}
 	s.pod("d", 9)

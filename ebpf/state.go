@@ -3,7 +3,6 @@
 package ebpf
 
 import (
-	"cmp"
 	"errors"
 	"fmt"
 	"maps"
@@ -14,7 +13,6 @@ import (
 	"github.com/containerd/errdefs"
 
 	"github.com/nodeagent/nodeagent/ebpf/datapath"
-	"github.com/nodeagent/nodeagent/ebpf/flows"
 	"github.com/nodeagent/nodeagent/ebpf/objects"
 	"github.com/nodeagent/nodeagent/ebpf/policy"
 	"github.com/nodeagent/nodeagent/ebpf/sockets"
@@ -27,23 +25,23 @@ type state struct {
 	compiler *policy.Compiler
 	d        *datapath.Datapath
 
-	objects    Objects
+	known      known
 	host       host
 	synced     bool // the source's first state is here
 	reconciled bool // so are the live pods
 	ready      bool // both were enforced
-	changed    bool // the compiler has to be told objects again
-	dirty      bool // something was told to it
+	dirty      bool // something was told to the compiler
 
-	pods    map[string]*local // by sandbox
-	free    []uint32          // numbers of endpoints
+	pods    map[string]*local         // by sandbox
+	here    map[objects.PodKey]*local // of several with one name the youngest
+	free    []uint32                  // numbers of endpoints
 	next    uint32
 	uplinks map[int]*uplink
 
 	unsettled      bool
 	checked, drift uint64
+	rest           time.Time // no flow is checked before
 	problems       []string
-	last           time.Duration
 }
 
 type local struct {
@@ -58,7 +56,12 @@ type uplink struct {
 }
 
 func newState(cfg Config, d *datapath.Datapath, name func(uint32, objects.PodKey)) *state {
-	return &state{cfg: cfg, name: name, d: d, compiler: policy.New(policy.Limits{}), pods: map[string]*local{}, uplinks: map[int]*uplink{}, next: 1, changed: true}
+	s := &state{
+		cfg: cfg, name: name, d: d, compiler: policy.New(policy.Limits{}), next: 1, dirty: true,
+		pods: map[string]*local{}, here: map[objects.PodKey]*local{}, uplinks: map[int]*uplink{},
+	}
+	s.compiler.SetServices(cfg.Services)
+	return s
 }
 
 func (s *state) close() {
@@ -76,7 +79,6 @@ func (s *state) close() {
 // perform does the calls, brings the kernel up to date and answers. It returns
 // the calls that have to wait for the first complete state.
 func (s *state) perform(batch []call) (waiting []call) {
-	began := time.Now()
 	errs := make([]error, len(batch))
 	held := make([]bool, len(batch))
 	run := func(late bool) {
@@ -105,7 +107,6 @@ func (s *state) perform(batch []call) (waiting []call) {
 			c.done <- errs[i]
 		}
 	}
-	s.last = time.Since(began)
 	return waiting
 }
 
@@ -113,10 +114,6 @@ func (s *state) perform(batch []call) (waiting []call) {
 func (s *state) update(becomes bool) error {
 	if !s.ready && !becomes {
 		return nil
-	}
-	if s.changed {
-		s.compiler.Set(s.cluster())
-		s.changed, s.dirty = false, true
 	}
 	if !s.dirty {
 		return nil
@@ -161,64 +158,6 @@ func (s *state) settle() {
 	}
 }
 
-// selfCheck has a flow that was seen judged again by the loaded program and by
-// the reference.
-func (s *state) selfCheck(sample <-chan flows.Event) {
-	if !s.ready {
-		return
-	}
-	select {
-	case ev := <-sample:
-		agree, known := s.checkFlow(ev)
-		if !known {
-			return
-		}
-		s.checked++
-		if !agree {
-			s.drift++
-			s.cfg.Log.Error("the loaded policy is not what the objects say", "src", ev.Src, "dst", ev.Dst, "port", ev.DstPort, "protocol", ev.Protocol)
-		}
-	default:
-	}
-}
-
-// cluster is the source's objects with the local pods as the runtime has them.
-func (s *state) cluster() *objects.Cluster {
-	c := &objects.Cluster{Namespaces: s.objects.Namespaces, Policies: s.objects.Policies, Node: s.host.addrs, Services: s.cfg.Services}
-	here := map[objects.PodKey]*local{}
-	spaces := map[string]bool{}
-	for _, n := range s.objects.Namespaces {
-		spaces[n.Name] = true
-	}
-	for _, p := range s.pods {
-		if !spaces[p.Namespace] { // no object of it, as without an API server: it has its name's label
-			spaces[p.Namespace] = true
-			c.Namespaces = append(c.Namespaces[:len(c.Namespaces):len(c.Namespaces)], objects.Namespace{
-				Name: p.Namespace, Labels: map[string]string{"kubernetes.io/metadata.name": p.Namespace},
-			})
-		}
-		if q := here[p.PodKey]; q == nil || p.Created.After(q.Created) {
-			here[p.PodKey] = p
-		}
-	}
-	c.Pods = make([]objects.Pod, 0, len(s.objects.Pods)+len(here))
-	for i := range s.objects.Pods {
-		o := s.objects.Pods[i]
-		if p := here[o.PodKey]; p != nil && (p.UID == o.UID || p.UID == "" || o.UID == "") {
-			o.IPs, o.Created, o.HostNetwork, o.Finished = p.IPs, p.Created.UnixNano(), false, false
-			delete(here, o.PodKey)
-		} else if p != nil {
-			continue // another pod of that name, before or after the one that runs here
-		}
-		c.Pods = append(c.Pods, o)
-	}
-	for _, key := range slices.SortedFunc(maps.Keys(here), func(a, b objects.PodKey) int { return cmp.Compare(a.String(), b.String()) }) {
-		p := here[key]
-		c.Pods = append(c.Pods, objects.Pod{PodKey: key, UID: p.UID, Created: p.Created.UnixNano(), Labels: p.Labels, IPs: p.IPs})
-	}
-	return c
-}
-
 // add gives a pod an endpoint. Its interface passes nothing until the update
 // that follows.
 func (s *state) add(p Pod) error {
@@ -255,7 +194,7 @@ func (s *state) add(p Pod) error {
 	s.pods[p.SandboxID] = l
 	s.name(l.id, p.PodKey)
 	s.compiler.SetEndpoint(l.id, p.PodKey, p.IPs, s.cfg.audited(p.Namespace))
-	s.changed, s.dirty = true, true
+	s.moved(p.PodKey)
 	return nil
 }
 
@@ -277,7 +216,7 @@ func (s *state) remove(sandbox string) error {
 	delete(s.pods, sandbox)
 	s.name(p.id, objects.PodKey{})
 	s.compiler.DeleteEndpoint(p.id)
-	s.changed, s.dirty = true, true
+	s.moved(p.PodKey)
 	err := s.d.Remove(p.id) // before the number is given again
 	if p.attached != nil {
 		err = errors.Join(err, s.d.Detach(p.Interface, p.attached))
@@ -359,7 +298,8 @@ func (s *state) collect() {
 
 func (s *state) setHost(h host) error {
 	s.host = h
-	s.changed = true
+	s.compiler.SetNode(h.addrs)
+	s.dirty = true
 	if s.ready {
 		s.attachUplinks()
 	}
@@ -407,7 +347,7 @@ func (s *state) attachUplinks() {
 }
 
 func (s *state) status() (Status, error) {
-	out := Status{Ready: s.ready, Pods: len(s.pods), Faults: s.compiler.Faults(), Problems: s.problems, Tables: s.compiler.Stats(), Checked: s.checked, Drift: s.drift, LastApply: s.last}
+	out := Status{Ready: s.ready, Pods: len(s.pods), Faults: s.compiler.Faults(), Problems: s.problems, Tables: s.compiler.Stats(), Rows: s.d.Rows(), Limits: s.compiler.Limits(), Checked: s.checked, Drift: s.drift}
 	for _, u := range s.uplinks {
 		out.Uplinks = append(out.Uplinks, u.name)
 	}

@@ -29,7 +29,7 @@ type Question struct {
 // touches: by the reference, and by the loaded program on the live tables.
 type Answer struct {
 	Src, Dst netip.Addr
-	Allowed  bool // by every verdict
+	Allowed  bool // by every verdict; what is only watched passes nevertheless
 	Verdicts []Verdict
 }
 
@@ -39,6 +39,7 @@ type Verdict struct {
 	Loaded       bool         // what the loaded program said
 	Reason       flows.Reason // and why
 	Deferred     bool         // it said: behind the translation
+	Audit        bool         // it lets pass what it denies: the namespace is only watched
 	Disagreement bool         // reference and program differ: a defect
 }
 
@@ -122,8 +123,9 @@ func (s *state) ask(c *objects.Cluster, d reference.Direction, src, dst netip.Ad
 	if err != nil {
 		return v, false, err
 	}
-	v.Loaded, v.Reason, v.Deferred = got.Pass, got.Reason, got.Reason == flows.Deferred
-	v.Disagreement = v.Loaded != v.Allowed && !v.Deferred && !s.cfg.audited(subject.Namespace)
+	v.Loaded, v.Reason, v.Deferred = !got.Reason.Drops(), got.Reason, got.Reason == flows.Deferred
+	v.Audit = s.cfg.audited(subject.Namespace)
+	v.Disagreement = v.Loaded != v.Allowed && !v.Deferred || got.Pass != (v.Loaded || v.Audit)
 	return v, true, nil
 }
 
@@ -194,22 +196,4 @@ func (e *Engine) Policies(ctx context.Context) ([]PolicyInfo, error) {
 		return nil
 	})
 	return out, err
-}
-
-// checkFlow replays an event's flow through the program and the reference and
-// says whether they agree; false second: it does not tell.
-func (s *state) checkFlow(ev flows.Event) (agree, known bool) {
-	opens := ev.Protocol == 17 || ev.Protocol == 6 && ev.TCP&(frame.SYN|frame.ACK) == frame.SYN
-	if !opens || ev.Hook > flows.ToPod || ev.Ingress == 0 && ev.Hook == flows.ToPod {
-		return true, false
-	}
-	c, d := s.cluster(), reference.Egress
-	if ev.Hook == flows.ToPod {
-		d = reference.Ingress
-	}
-	if ev.Reason != flows.Policy && ev.Reason != flows.Open && ev.Reason != flows.DeniedIn && ev.Reason != flows.DeniedOut {
-		return true, false
-	}
-	v, ok, err := s.ask(c, d, ev.Src, ev.Dst, Question{Protocol: ev.Protocol, Port: ev.DstPort})
-	return !v.Disagreement, ok && err == nil
 }

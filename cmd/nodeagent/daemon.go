@@ -149,9 +149,11 @@ func (d *node) build(ctx context.Context) error {
 	d.cri.SetStreams(d.streams)
 	d.service = d.newService()
 	if cfg.Metrics.Address != "" {
-		d.metrics, err = metrics.NewExposition(metrics.ExpositionConfig{
+		if d.metrics, err = metrics.NewExposition(metrics.ExpositionConfig{
 			Sampler: sampler, Targets: d.cri.Targets, Version: readVersion().Version, Log: log,
-		})
+		}); err == nil && d.policy != nil {
+			err = d.metrics.Register(d.policy.Collector())
+		}
 	}
 	return err
 }

@@ -14,6 +14,7 @@ import (
 	"strconv"
 	"strings"
 	"text/tabwriter"
+	"time"
 
 	"github.com/nodeagent/nodeagent/ebpf"
 	"github.com/spf13/cobra"
@@ -39,6 +40,7 @@ type policyCounter struct {
 }
 
 type policyFlow struct {
+	Time     time.Time      `json:"time"`
 	Pod      string         `json:"pod"`
 	Hook     string         `json:"hook"`
 	Dropped  bool           `json:"dropped"`
@@ -69,13 +71,15 @@ func servePolicy(ctx context.Context, path string, engine *ebpf.Engine, log *slo
 	})
 	mux.HandleFunc("GET /v1/policy/flows", func(w http.ResponseWriter, r *http.Request) {
 		enc, flush := json.NewEncoder(w), http.NewResponseController(w)
+		if r.URL.Query().Get("follow") == "" {
+			for _, f := range engine.Recent() {
+				_ = enc.Encode(policyFlowOf(f)) // the client has gone
+			}
+			return
+		}
 		_ = flush.Flush()
 		for f := range engine.Subscribe(r.Context()) {
-			out := policyFlow{
-				Pod: f.Pod.String(), Hook: f.Hook.String(), Dropped: f.Dropped, Audit: f.Audit, Reason: f.Reason.String(), Protocol: f.Protocol,
-				Src: netip.AddrPortFrom(f.Src, f.SrcPort), Dst: netip.AddrPortFrom(f.Dst, f.DstPort),
-			}
-			if enc.Encode(out) != nil || flush.Flush() != nil {
+			if enc.Encode(policyFlowOf(f)) != nil || flush.Flush() != nil {
 				return
 			}
 		}
@@ -84,6 +88,13 @@ func servePolicy(ctx context.Context, path string, engine *ebpf.Engine, log *slo
 		return fmt.Errorf("serve policy socket %s: %w", path, err)
 	}
 	return nil
+}
+
+func policyFlowOf(f ebpf.Flow) policyFlow {
+	return policyFlow{
+		Time: f.When, Pod: f.Pod.String(), Hook: f.Hook.String(), Dropped: f.Dropped, Audit: f.Audit, Reason: f.Reason.String(), Protocol: f.Protocol,
+		Src: netip.AddrPortFrom(f.Src, f.SrcPort), Dst: netip.AddrPortFrom(f.Dst, f.DstPort),
+	}
 }
 
 func reply(w http.ResponseWriter, out any, err error) {
@@ -211,7 +222,7 @@ func whyQuery(from, to string) (url.Values, error) {
 	if _, err := strconv.ParseUint(port, 10, 16); err != nil {
 		return nil, fmt.Errorf("--to %q: %q is no port", to, port)
 	}
-	number, ok := map[string]string{"": "6", "tcp": "6", "udp": "17", "sctp": "132", "icmp": "1", "icmp6": "58"}[strings.ToLower(proto)]
+	number, ok := protocolNumbers()[strings.ToLower(proto)]
 	if !ok {
 		return nil, fmt.Errorf("--to %q: unknown protocol %q", to, proto)
 	}
@@ -232,7 +243,11 @@ func printAnswer(w io.Writer, ans ebpf.Answer) error {
 		if v.Deferred {
 			fmt.Fprint(w, " (judged again when the service is translated)")
 		}
-		fmt.Fprintf(w, "; the loaded program: %s (%s)\n", word[v.Loaded], v.Reason)
+		fmt.Fprintf(w, "; the loaded program: %s (%s)", word[v.Loaded], v.Reason)
+		if v.Audit {
+			fmt.Fprint(w, "; passes, its namespace is only watched")
+		}
+		fmt.Fprintln(w)
 		for _, p := range v.Selecting {
 			fmt.Fprintf(w, "    selected by %s\n", p)
 		}
@@ -248,13 +263,21 @@ func printAnswer(w io.Writer, ans ebpf.Answer) error {
 }
 
 func newPolicyFlowsCommand(a *app) *cobra.Command {
-	var dropped bool
+	var follow, dropped bool
 	var pod string
 	cmd := &cobra.Command{
-		Use: "flows", Short: "Follow new flows and dropped packets", Args: cobra.NoArgs,
+		Use: "flows", Short: "Show the latest new flows and dropped packets, and why", Args: cobra.NoArgs,
+		Example: "  nodeagent policy flows --follow --dropped\n  nodeagent policy flows --pod shop/web",
 		RunE: func(cmd *cobra.Command, _ []string) error {
+			if pod != "" && strings.Count(pod, "/") != 1 {
+				return fmt.Errorf("--pod %q: want namespace/pod", pod)
+			}
+			q := url.Values{}
+			if follow {
+				q.Set("follow", "true")
+			}
 			w := cmd.OutOrStdout()
-			return a.askPolicy(cmd.Context(), "flows", nil, func(r io.Reader) error {
+			return a.askPolicy(cmd.Context(), "flows", q, func(r io.Reader) error {
 				dec := json.NewDecoder(r)
 				for {
 					var f policyFlow
@@ -262,25 +285,44 @@ func newPolicyFlowsCommand(a *app) *cobra.Command {
 						if errors.Is(err, io.EOF) || cmd.Context().Err() != nil {
 							return nil
 						}
-						return err
+						return fmt.Errorf("the daemon's answer broke off: %w", err)
 					}
 					if dropped && !f.Dropped && !f.Audit || pod != "" && f.Pod != pod {
 						continue
 					}
-					verdict := "passed"
-					if f.Dropped {
-						verdict = "DROPPED"
-					} else if f.Audit {
-						verdict = "AUDIT"
+					if _, err := fmt.Fprintln(w, f); err != nil {
+						return err
 					}
-					fmt.Fprintf(w, "%-8s %-10s %-20s proto %-3d %s -> %s (%s)\n", verdict, f.Hook, f.Pod, f.Protocol, f.Src, f.Dst, f.Reason)
 				}
 			})
 		},
 	}
-	cmd.Flags().BoolVar(&dropped, "dropped", false, "only what is dropped, or would be in audit mode")
+	cmd.Flags().BoolVarP(&follow, "follow", "f", false, "go on with what happens from now on")
+	cmd.Flags().BoolVar(&dropped, "dropped", false, "only what is dropped, or would be if its namespace were not only watched")
 	cmd.Flags().StringVar(&pod, "pod", "", "only of this `namespace/pod`")
 	return cmd
+}
+
+// String is a line of the command's output.
+func (f policyFlow) String() string {
+	verdict := "passed"
+	if f.Dropped {
+		verdict = "DROPPED"
+	} else if f.Audit {
+		verdict = "AUDIT"
+	}
+	proto := fmt.Sprintf("protocol %d", f.Protocol)
+	for name, n := range protocolNumbers() {
+		if n == strconv.Itoa(int(f.Protocol)) && name != "" {
+			proto = name
+		}
+	}
+	return fmt.Sprintf("%s %-7s %-9s %-5s %s -> %s (%s) %s", f.Time.Local().Format("15:04:05.000"), verdict, f.Hook, proto, f.Src, f.Dst, f.Reason, f.Pod)
+}
+
+// protocolNumbers are IP protocols as a user may name them; none: TCP.
+func protocolNumbers() map[string]string {
+	return map[string]string{"": "6", "tcp": "6", "udp": "17", "sctp": "132", "icmp": "1", "icmp6": "58"}
 }
 
 // askPolicy sends a request to the daemon's policy socket and has read take the answer.

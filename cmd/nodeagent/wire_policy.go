@@ -18,6 +18,8 @@ import (
 	"github.com/nodeagent/nodeagent/ebpf/datapath"
 	"github.com/nodeagent/nodeagent/ebpf/objects"
 	"github.com/nodeagent/nodeagent/ebpf/source"
+	"k8s.io/client-go/rest"
+	"k8s.io/client-go/tools/clientcmd"
 )
 
 // newPolicy builds the policy engine, nil when it is off. What an earlier
@@ -30,7 +32,7 @@ func newPolicy(cfg config.Config, log *slog.Logger) (*ebpf.Engine, error) {
 	}
 	return ebpf.New(ebpf.Config{
 		BPFFS: p.BPFFS, Name: name, Uplinks: uplinkPatterns(cfg), Services: p.ServiceCIDRs, Audit: p.AuditNamespaces,
-		Source:   directory{source.NewDir(p.Dir, log)},
+		Source:   policySource(p, log),
 		Datapath: datapath.Config{Strict: p.Strict, KeepEstablished: p.KeepEstablished},
 		Log:      log,
 	})
@@ -47,13 +49,12 @@ func uplinkPatterns(cfg config.Config) []string {
 // policySocket is where the daemon answers `nodeagent policy`.
 func policySocket(cfg config.Config) string { return filepath.Join(cfg.State, "policy.sock") }
 
-// directory is the directory of policies as the engine sees it.
-type directory struct{ d *source.Dir }
-
-func (s directory) Run(ctx context.Context, set func(ebpf.Objects)) error {
-	return s.d.Run(ctx, func(o source.Objects) {
-		set(ebpf.Objects{Namespaces: o.Namespaces, Pods: o.Pods, Policies: o.Policies})
-	})
+// policySource is where the objects come from.
+func policySource(p config.Policy, log *slog.Logger) ebpf.Source {
+	if p.Kubeconfig == "" {
+		return source.NewDir(p.Dir, log)
+	}
+	return source.NewAPI(func() (*rest.Config, error) { return clientcmd.BuildConfigFromFlags("", p.Kubeconfig) }, log)
 }
 
 // policedNetwork is the network of pods that do not go up before their policy

@@ -22,7 +22,7 @@ func bigCluster() *objects.Cluster {
 		c.Namespaces = append(c.Namespaces, objects.Namespace{Name: name, Labels: map[string]string{"kubernetes.io/metadata.name": name, "team": fmt.Sprint("t", i%50)}})
 	}
 	for i := range 100_000 {
-		c.Pods = append(c.Pods, bigPod(i, i%7))
+		c.Pods = append(c.Pods, *bigPod(i, i%7))
 	}
 	for i := range 10_000 {
 		p := &objects.Policy{}
@@ -33,8 +33,8 @@ func bigCluster() *objects.Cluster {
 	return c
 }
 
-func bigPod(i, app int) objects.Pod {
-	return objects.Pod{
+func bigPod(i, app int) *objects.Pod {
+	return &objects.Pod{
 		PodKey: objects.PodKey{Namespace: fmt.Sprint("ns", i%1000), Name: fmt.Sprint("p", i)}, Created: int64(i),
 		Labels: map[string]string{"app": fmt.Sprint("a", app), "pod-template-hash": fmt.Sprint(i)},
 		IPs:    []netip.Addr{netip.AddrFrom4([4]byte{10, byte(i >> 16), byte(i >> 8), byte(i)})},

@@ -63,16 +63,11 @@ type member struct {
 	want  content // for prefixes: as of the last rebuild
 }
 
-// classTable gives numbers to classes. A number is used again only after the
-// grace period that follows its retirement.
+// classTable gives numbers to classes.
 type classTable struct {
+	numbers[uint32]
 	byKey map[string]*class // where joiners go
 	byID  map[uint32]*class
-	free  []uint32
-	limbo []uint32
-	next  uint32
-	limit uint32
-	full  bool // the last allocation failed
 	none  *class
 	fresh []*class // made in this update
 }
@@ -81,7 +76,7 @@ func (t *classTable) init(limit uint32) {
 	world := &class{id: World, members: 1}
 	t.none = &class{id: NoClass, members: 1}
 	t.byKey, t.byID = map[string]*class{"": world}, map[uint32]*class{World: world}
-	t.next, t.limit = World+1, limit
+	t.numbers = numbers[uint32]{next: World + 1, limit: limit}
 }
 
 // get is the class of that content, made if need be. When numbers are used up
@@ -99,16 +94,8 @@ func (t *classTable) get(c content) *class {
 }
 
 func (t *classTable) alloc(key string, c content) *class {
-	var id uint32
-	switch {
-	case len(t.free) > 0:
-		id = t.free[len(t.free)-1]
-		t.free = t.free[:len(t.free)-1]
-	case t.next < t.limit:
-		id = t.next
-		t.next++
-	default:
-		t.full = true
+	id, ok := t.take()
+	if !ok {
 		return t.none
 	}
 	k := &class{id: id, key: key, content: c, fresh: true}
@@ -127,7 +114,7 @@ func (t *classTable) retire(list map[*class]bool) {
 		if t.byKey[k.key] == k {
 			delete(t.byKey, k.key)
 		}
-		t.limbo = append(t.limbo, k.id)
+		t.drop(k.id)
 	}
 }
 
@@ -234,22 +221,18 @@ func contentsOf(blocks []*peer, services []netip.Prefix) (map[netip.Prefix]conte
 
 // Within the class table a profile is the number of a set of ports.
 type profileTable struct {
+	numbers[uint16]
 	byKey map[string]uint16
 	sets  map[uint16]PortSet
-	free  []uint16
-	limbo []uint16
-	next  uint16
-	limit uint16
 	bank  *Bank
 	dirty bool // a set was added that bank cannot express
 	added []uint16
-	full  bool
 	kept  int // sets that the last sweep left
 }
 
 func (t *profileTable) init(limit uint16) {
 	t.byKey, t.sets = map[string]uint16{"*": ProfileAllow, "": ProfileDeny}, map[uint16]PortSet{}
-	t.next, t.limit = firstProfile, limit
+	t.numbers = numbers[uint16]{next: firstProfile, limit: limit}
 	t.bank = newBank(nil)
 	t.dirty = true
 }
@@ -260,16 +243,8 @@ func (t *profileTable) get(s PortSet) uint16 {
 	if id, ok := t.byKey[key]; ok {
 		return id
 	}
-	var id uint16
-	switch {
-	case len(t.free) > 0:
-		id = t.free[len(t.free)-1]
-		t.free = t.free[:len(t.free)-1]
-	case t.next < t.limit:
-		id = t.next
-		t.next++
-	default:
-		t.full = true
+	id, ok := t.take()
+	if !ok {
 		return ProfileDeny
 	}
 	t.byKey[key], t.sets[id] = id, s

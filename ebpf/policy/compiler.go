@@ -56,7 +56,7 @@ type namespace struct {
 
 // pod is a pod and the selector peers in use that match it.
 type pod struct {
-	obj   objects.Pod
+	obj   *objects.Pod
 	peers []uint32 // sorted
 }
 
@@ -125,7 +125,10 @@ func (c *Compiler) Set(cl *objects.Cluster) {
 		}
 	}
 	for i := range cl.Pods {
-		c.SetPod(cl.Pods[i])
+		if old := c.pods[cl.Pods[i].PodKey]; old == nil || !samePod(old.obj, &cl.Pods[i]) {
+			p := cl.Pods[i]
+			c.SetPod(&p)
+		}
 	}
 	kept := map[objects.PodKey]bool{}
 	for _, p := range cl.Policies {
@@ -179,10 +182,10 @@ func (c *Compiler) DeleteNamespace(name string) {
 	}
 }
 
-// SetPod adds or replaces a pod.
-func (c *Compiler) SetPod(o objects.Pod) {
+// SetPod adds or replaces a pod, which must not change afterwards.
+func (c *Compiler) SetPod(o *objects.Pod) {
 	old := c.pods[o.PodKey]
-	if old != nil && samePod(&old.obj, &o) {
+	if old != nil && (old.obj == o || samePod(old.obj, o)) {
 		return
 	}
 	if old != nil {
@@ -194,14 +197,10 @@ func (c *Compiler) SetPod(o objects.Pod) {
 		c.pods[o.PodKey] = p
 		c.space(o.Namespace).pods[o.PodKey] = p
 	}
-	ips := make([]netip.Addr, len(o.IPs))
-	for i, ip := range o.IPs {
-		ips[i] = ip.Unmap()
-	}
-	o.IPs = ips
 	p.obj = o
 	if o.Live() {
 		for _, ip := range o.IPs {
+			ip = ip.Unmap()
 			c.owners[ip] = append(c.owners[ip], p)
 			c.dirty.addrs[ip] = true
 		}
@@ -232,6 +231,7 @@ func (c *Compiler) touchEndpoints(key objects.PodKey) {
 
 func (c *Compiler) disown(p *pod) {
 	for _, ip := range p.obj.IPs {
+		ip = ip.Unmap()
 		list := slices.DeleteFunc(c.owners[ip], func(q *pod) bool { return q == p })
 		if len(list) == 0 {
 			delete(c.owners, ip)
@@ -246,7 +246,7 @@ func (c *Compiler) disown(p *pod) {
 func (c *Compiler) owner(ip netip.Addr) *pod {
 	var best *pod
 	for _, p := range c.owners[ip] {
-		if best == nil || p.obj.Newer(&best.obj) {
+		if best == nil || p.obj.Newer(best.obj) {
 			best = p
 		}
 	}
@@ -271,7 +271,7 @@ func (c *Compiler) rematch(p *pod) {
 
 func (c *Compiler) touch(p *pod) {
 	for _, ip := range p.obj.IPs {
-		c.dirty.addrs[ip] = true
+		c.dirty.addrs[ip.Unmap()] = true
 	}
 }
 
@@ -392,6 +392,9 @@ func (c *Compiler) Class(ip netip.Addr) uint32 {
 	}
 	return World
 }
+
+// Limits are the sizes that hold.
+func (c *Compiler) Limits() Limits { return c.limits }
 
 // Stats are sizes, for metrics.
 type Stats struct {

@@ -30,10 +30,8 @@ func (c *Compiler) Update() *Plan {
 // Graced says that a grace period has passed since the last plan was written:
 // numbers that it retired may be given again.
 func (c *Compiler) Graced() {
-	c.classes.free = append(c.classes.free, c.classes.limbo...)
-	c.classes.limbo = nil
-	c.profiles.free = append(c.profiles.free, c.profiles.limbo...)
-	c.profiles.limbo = nil
+	c.classes.graced()
+	c.profiles.graced()
 }
 
 // selectPolicies finds each endpoint's policies, and takes the peers and names
@@ -708,7 +706,7 @@ func (c *Compiler) sweepProfiles() {
 		if !used[id] {
 			delete(t.sets, id)
 			delete(t.byKey, s.key())
-			t.limbo = append(t.limbo, id)
+			t.drop(id)
 		}
 	}
 	for _, s := range c.subjects {

@@ -10,6 +10,7 @@ package reference
 import (
 	"fmt"
 	"net/netip"
+	"slices"
 
 	core "k8s.io/api/core/v1"
 	networking "k8s.io/api/networking/v1"
@@ -103,10 +104,8 @@ func JudgePod(c *objects.Cluster, d Direction, subject *objects.Pod, peer netip.
 		name := policy.Namespace + "/" + policy.Name
 		out.Selecting = append(out.Selecting, name)
 		for i, rule := range rulesOf(policy, d) {
-			why := ruleFails(c, policy.Namespace, rule, d, subject, peer, proto, port)
-			if why == "" {
-				out.Allowed, why = true, "matches"
-			}
+			matches, why := judgeRule(c, policy.Namespace, rule, d, subject, peer, proto, port)
+			out.Allowed = out.Allowed || matches
 			out.Why = append(out.Why, fmt.Sprintf("%s %s[%d]: %s", name, d, i, why))
 		}
 	}
@@ -154,29 +153,30 @@ func rulesOf(policy *objects.Policy, d Direction) []rule {
 	return rules
 }
 
-// ruleFails says what of the rule does not match, "" if all does.
-func ruleFails(c *objects.Cluster, ns string, r rule, d Direction, subject *objects.Pod, peer netip.Addr, proto uint8, port uint16) string {
+// judgeRule says whether the rule matches, and which of its peers and ports
+// did, or what of it did not.
+func judgeRule(c *objects.Cluster, ns string, r rule, d Direction, subject *objects.Pod, peer netip.Addr, proto uint8, port uint16) (bool, string) {
 	owner := Owner(c, peer)
-	found := len(r.peers) == 0
-	for _, p := range r.peers {
-		found = found || peerMatches(c, ns, p, owner, peer)
+	who := "anyone may be the peer"
+	if len(r.peers) > 0 {
+		i := slices.IndexFunc(r.peers, func(p networking.NetworkPolicyPeer) bool { return peerMatches(c, ns, p, owner, peer) })
+		if i < 0 {
+			return false, fmt.Sprintf("no peer of the rule is %s", describe(owner, peer))
+		}
+		who = fmt.Sprintf("peer %d is %s", i, describe(owner, peer))
 	}
-	if !found {
-		return fmt.Sprintf("no peer of the rule is %s", describe(owner, peer))
+	if len(r.ports) == 0 {
+		return true, "matches: " + who + ", on any port"
 	}
 	named := owner
 	if d == Ingress {
 		named = subject
 	}
-	if len(r.ports) == 0 {
-		return ""
+	i := slices.IndexFunc(r.ports, func(p networking.NetworkPolicyPort) bool { return portMatches(p, named, proto, port) })
+	if i < 0 {
+		return false, fmt.Sprintf("%s, but no port of the rule is %d of protocol %d", who, port, proto)
 	}
-	for _, p := range r.ports {
-		if portMatches(p, named, proto, port) {
-			return ""
-		}
-	}
-	return fmt.Sprintf("no port of the rule is %d of protocol %d", port, proto)
+	return true, fmt.Sprintf("matches: %s, port %d is %d of protocol %d", who, i, port, proto)
 }
 
 func describe(owner *objects.Pod, ip netip.Addr) string {

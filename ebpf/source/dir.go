@@ -1,11 +1,3 @@
-// Package source reads the objects of network policy from a directory of
-// ordinary Kubernetes YAML, for a node without an API server.
-//
-// Each *.yaml, *.yml or *.json file may hold several documents of the kinds
-// Namespace, NetworkPolicy, Pod and List; other kinds are left to others. A
-// file that cannot be read keeps the objects it had before, and does not keep
-// other files from being read. It decides nothing about policy. Run is the
-// only goroutine.
 package source
 
 import (
@@ -15,7 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"net/netip"
+	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -29,14 +21,13 @@ import (
 	"github.com/nodeagent/nodeagent/ebpf/objects"
 )
 
-// Objects are what the files say.
-type Objects struct {
-	Namespaces []objects.Namespace
-	Pods       []objects.Pod
-	Policies   []*objects.Policy
-}
-
-// Dir is a watched directory.
+// Dir is a watched directory of ordinary Kubernetes YAML, for a node without an
+// API server.
+//
+// Each *.yaml, *.yml or *.json file may hold several documents of the kinds
+// Namespace, NetworkPolicy, Pod and List; other kinds are left to others. A
+// file that cannot be read keeps the objects it had before, and does not keep
+// other files from being read. Run is its only goroutine.
 type Dir struct {
 	path  string
 	log   *slog.Logger
@@ -45,7 +36,7 @@ type Dir struct {
 
 type file struct {
 	content []byte
-	objects Objects
+	objects objects.Lists
 }
 
 // NewDir takes a directory that need not exist yet.
@@ -53,8 +44,8 @@ func NewDir(path string, log *slog.Logger) *Dir {
 	return &Dir{path: path, log: log, files: map[string]file{}}
 }
 
-// Run calls set with the objects now and whenever they have changed.
-func (d *Dir) Run(ctx context.Context, set func(Objects)) error {
+// Run calls set with all objects now and whenever they have changed.
+func (d *Dir) Run(ctx context.Context, set func(objects.Change)) error {
 	watcher, err := fsnotify.NewWatcher()
 	if err != nil {
 		return fmt.Errorf("watch %s: %w", d.path, err)
@@ -64,23 +55,26 @@ func (d *Dir) Run(ctx context.Context, set func(Objects)) error {
 	defer again.Stop()
 	for first := true; ; first = false {
 		_ = watcher.Add(d.path)
+		seen := time.Now()
 		if d.read() || first {
-			set(d.all())
+			change := d.all().Whole()
+			change.Seen = seen
+			set(change)
 		}
 		select {
 		case <-ctx.Done():
 			return nil
 		case <-again.C:
 		case <-watcher.Events:
-			wait(ctx, watcher, 20*time.Millisecond)
+			settle(ctx, watcher, 20*time.Millisecond)
 		case err := <-watcher.Errors:
 			d.log.Warn("events about policy files were lost", "path", d.path, "err", err)
 		}
 	}
 }
 
-// wait lets a writer finish.
-func wait(ctx context.Context, w *fsnotify.Watcher, pause time.Duration) {
+// settle lets a writer finish.
+func settle(ctx context.Context, w *fsnotify.Watcher, pause time.Duration) {
 	for {
 		select {
 		case <-ctx.Done():
@@ -115,7 +109,7 @@ func (d *Dir) read() bool {
 		if err == nil && known && bytes.Equal(old.content, content) {
 			continue
 		}
-		var got Objects
+		var got objects.Lists
 		if err == nil {
 			got, err = Parse(content)
 		}
@@ -135,43 +129,21 @@ func (d *Dir) read() bool {
 	return changed
 }
 
-func (d *Dir) all() Objects {
-	var out Objects
-	paths := make([]string, 0, len(d.files))
-	for p := range d.files {
-		paths = append(paths, p)
-	}
-	slices.Sort(paths) // of two objects with one name the one in the last file counts
-	for _, p := range paths {
-		o := d.files[p].objects
+func (d *Dir) all() objects.Lists {
+	var out objects.Lists
+	for _, path := range slices.Sorted(maps.Keys(d.files)) { // of two objects with one name the one in the last file counts
+		o := d.files[path].objects
 		out.Namespaces = append(out.Namespaces, o.Namespaces...)
 		out.Pods = append(out.Pods, o.Pods...)
 		out.Policies = append(out.Policies, o.Policies...)
-	}
-	out.Namespaces = last(out.Namespaces, func(n objects.Namespace) string { return n.Name })
-	out.Pods = last(out.Pods, func(p objects.Pod) string { return p.String() })
-	out.Policies = last(out.Policies, func(p *objects.Policy) string { return p.Namespace + "/" + p.Name })
-	return out
-}
-
-func last[T any](list []T, key func(T) string) []T {
-	at := map[string]int{}
-	var out []T
-	for _, x := range list {
-		if i, ok := at[key(x)]; ok {
-			out[i] = x
-			continue
-		}
-		at[key(x)] = len(out)
-		out = append(out, x)
 	}
 	return out
 }
 
 // Parse reads the documents of one file. All or nothing: half a file of
 // policies could allow what the other half denies.
-func Parse(content []byte) (Objects, error) {
-	var out Objects
+func Parse(content []byte) (objects.Lists, error) {
+	var out lists
 	for i, doc := range bytes.Split(append([]byte("\n"), content...), []byte("\n---")) {
 		if len(bytes.TrimSpace(doc)) == 0 {
 			continue
@@ -181,13 +153,16 @@ func Parse(content []byte) (Objects, error) {
 			err = out.add(raw)
 		}
 		if err != nil {
-			return Objects{}, fmt.Errorf("document %d: %w", i+1, err)
+			return objects.Lists{}, fmt.Errorf("document %d: %w", i+1, err)
 		}
 	}
-	return out, nil
+	return objects.Lists(out), nil
 }
 
-func (o *Objects) add(raw []byte) error {
+// lists are the objects of a file while it is read.
+type lists objects.Lists
+
+func (o *lists) add(raw []byte) error {
 	var head struct {
 		Kind  string            `json:"kind"`
 		Items []json.RawMessage `json:"items"`
@@ -243,60 +218,4 @@ func strict(raw []byte, into any, name string) error {
 		return fmt.Errorf("%T %s: %w", into, name, err)
 	}
 	return nil
-}
-
-// Namespace slims a namespace down. It has the label with its name that the
-// API server would give it.
-func Namespace(n *core.Namespace) objects.Namespace {
-	out := objects.Namespace{Name: n.Name, Labels: map[string]string{core.LabelMetadataName: n.Name}}
-	for k, v := range n.Labels {
-		out.Labels[k] = v
-	}
-	return out
-}
-
-// Pod slims a pod down. Ports are those of containers, then of sidecars.
-func Pod(p *core.Pod) objects.Pod {
-	out := objects.Pod{
-		PodKey: objects.PodKey{Namespace: p.Namespace, Name: p.Name}, UID: string(p.UID), Created: p.CreationTimestamp.UnixNano(),
-		Labels: p.Labels, HostNetwork: p.Spec.HostNetwork,
-		Finished: p.Status.Phase == core.PodSucceeded || p.Status.Phase == core.PodFailed,
-	}
-	if p.CreationTimestamp.IsZero() {
-		out.Created = 0
-	}
-	for _, ip := range p.Status.PodIPs {
-		if a, err := netip.ParseAddr(ip.IP); err == nil {
-			out.IPs = append(out.IPs, a)
-		}
-	}
-	if len(out.IPs) == 0 {
-		if a, err := netip.ParseAddr(p.Status.PodIP); err == nil {
-			out.IPs = append(out.IPs, a)
-		}
-	}
-	add := func(c *core.Container) {
-		for _, port := range c.Ports {
-			if port.Name == "" {
-				continue
-			}
-			proto := objects.TCP
-			switch port.Protocol {
-			case core.ProtocolUDP:
-				proto = objects.UDP
-			case core.ProtocolSCTP:
-				proto = objects.SCTP
-			}
-			out.Ports = append(out.Ports, objects.NamedPort{Name: port.Name, Protocol: proto, Port: uint16(port.ContainerPort)})
-		}
-	}
-	for i := range p.Spec.Containers {
-		add(&p.Spec.Containers[i])
-	}
-	for i := range p.Spec.InitContainers {
-		if c := &p.Spec.InitContainers[i]; c.RestartPolicy != nil && *c.RestartPolicy == core.ContainerRestartPolicyAlways {
-			add(c)
-		}
-	}
-	return out
 }

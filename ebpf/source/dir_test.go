@@ -7,6 +7,8 @@ import (
 	"path/filepath"
 	"testing"
 	"time"
+
+	"github.com/nodeagent/nodeagent/ebpf/objects"
 )
 
 const sample = `apiVersion: v1
@@ -57,10 +59,10 @@ func TestDirFollows(t *testing.T) {
 	dir := filepath.Join(t.TempDir(), "late")
 	d := NewDir(dir, slog.New(slog.DiscardHandler))
 	ctx, cancel := context.WithCancel(t.Context())
-	states := make(chan Objects, 16)
+	states := make(chan objects.Change, 16)
 	done := make(chan error, 1)
-	go func() { done <- d.Run(ctx, func(o Objects) { states <- o }) }()
-	if o := <-states; len(o.Policies) != 0 {
+	go func() { done <- d.Run(ctx, func(c objects.Change) { states <- c }) }()
+	if o := <-states; len(o.Policies.Put) != 0 {
 		t.Fatalf("%+v", o)
 	}
 	cancel()
@@ -72,14 +74,14 @@ func TestDirFollows(t *testing.T) {
 	}
 	ctx, cancel = context.WithCancel(t.Context())
 	defer cancel()
-	go func() { done <- d.Run(ctx, func(o Objects) { states <- o }) }()
+	go func() { done <- d.Run(ctx, func(c objects.Change) { states <- c }) }()
 	<-states
 	want := func(what string, n int) {
 		t.Helper()
 		for {
 			select {
 			case o := <-states:
-				if len(o.Policies) == n {
+				if len(o.Policies.Put) == n {
 					return
 				}
 			case <-time.After(5 * time.Second):

@@ -97,7 +97,7 @@ func (d *node) build(ctx context.Context) error {
 	if d.policy, err = newPolicy(cfg, log); err != nil {
 		return err
 	}
-	policed := newPolicedNetwork(d.policy)
+	policed := newPolicedNetwork(d.policy, log)
 	var beforeUp func(context.Context, string, int, []netip.Addr) error
 	if d.policy != nil {
 		beforeUp = policed.beforeUp
@@ -114,6 +114,10 @@ func (d *node) build(ctx context.Context) error {
 	var network cri.Network = networkOf{d.network}
 	if d.policy != nil {
 		policed.Network, network = network, policed
+		policed.builtin = func() bool {
+			name, err := d.network.Network()
+			return err == nil && name == cni.Builtin
+		}
 	}
 	if d.pool, err = namespaces.New(namespaces.Config{
 		Dir: filepath.Join(cfg.State, "ns"), Warm: cfg.Network.WarmNamespaces,

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/nodeagent/nodeagent/cni/gate"
 	"github.com/nodeagent/nodeagent/config"
 	"github.com/nodeagent/nodeagent/cri"
 	"github.com/nodeagent/nodeagent/ebpf"
@@ -62,6 +63,9 @@ func policySource(p config.Policy, log *slog.Logger) ebpf.Source {
 type policedNetwork struct {
 	cri.Network
 	engine *ebpf.Engine
+	// builtin says whether Setup will use the built-in network, which calls beforeUp.
+	builtin func() bool
+	log     *slog.Logger
 
 	mu       sync.Mutex
 	starting map[string]*startingPod // by sandbox, while Setup is under way
@@ -72,8 +76,8 @@ type startingPod struct {
 	policed bool
 }
 
-func newPolicedNetwork(engine *ebpf.Engine) *policedNetwork {
-	return &policedNetwork{engine: engine, starting: map[string]*startingPod{}}
+func newPolicedNetwork(engine *ebpf.Engine, log *slog.Logger) *policedNetwork {
+	return &policedNetwork{engine: engine, log: log, starting: map[string]*startingPod{}}
 }
 
 // beforeUp is the built-in network's hook.
@@ -93,9 +97,8 @@ func (n *policedNetwork) beforeUp(ctx context.Context, sandboxID string, index i
 	return nil
 }
 
-// Setup is the network's, with policy in force when it returns. Where another
-// CNI plugin made the interface it was up for a moment before that; no
-// container runs yet.
+// Setup is the network's, with policy in force when it returns. What another
+// CNI plugin wires is kept silent until then: it brings interfaces up by itself.
 func (n *policedNetwork) Setup(ctx context.Context, r cri.NetworkRequest) (cri.NetworkResult, error) {
 	s := &startingPod{request: r}
 	n.mu.Lock()
@@ -106,9 +109,21 @@ func (n *policedNetwork) Setup(ctx context.Context, r cri.NetworkRequest) (cri.N
 		delete(n.starting, r.SandboxID)
 		n.mu.Unlock()
 	}()
+	gated := !n.builtin()
+	if gated {
+		if err := gate.Close(r.Netns); err != nil {
+			return cri.NetworkResult{}, err
+		}
+	}
 	res, err := n.Network.Setup(ctx, r)
-	if err == nil && !s.policed && res.HostInterface != "" {
-		if err = n.police(ctx, r, res); err != nil {
+	if err == nil {
+		if !s.policed {
+			err = n.police(ctx, r, res)
+		}
+		if err == nil && gated {
+			err = gate.Open(r.Netns)
+		}
+		if err != nil {
 			err = errors.Join(err, n.Network.Teardown(context.WithoutCancel(ctx), r, res))
 			res = cri.NetworkResult{}
 		}
@@ -120,6 +135,10 @@ func (n *policedNetwork) Setup(ctx context.Context, r cri.NetworkRequest) (cri.N
 }
 
 func (n *policedNetwork) police(ctx context.Context, r cri.NetworkRequest, res cri.NetworkResult) error {
+	if res.HostInterface == "" {
+		n.log.Error("network policy is not enforced on a pod: its CNI plugin leaves no interface on the host", "sandbox", r.SandboxID, "pod", r.PodNamespace+"/"+r.PodName)
+		return nil
+	}
 	l, err := net.InterfaceByName(res.HostInterface)
 	if err != nil {
 		return fmt.Errorf("find the host's end of sandbox %s: %w", r.SandboxID, err)

@@ -28,6 +28,7 @@ func commands() map[string]command {
 		"spew":    {"[-line BYTES] [-stderr] BYTES: print so much as fast as possible", spew},
 		"serve":   {"[-tcp ADDR] [-udp ADDR] [-http ADDR]: echo, and answer http with what it knows", serve},
 		"dial":    {"[-timeout D] tcp|udp|http ADDR [MESSAGE]: send and print the answer", dial},
+		"meet":    {"[-listen PORT] [-every D] ADDR...: say who is heard, and who answers to what is sent on UDP and TCP", meet},
 		"sleep":   {"[DURATION]: wait (for ever), ending with 0 at SIGTERM", sleep},
 		"exit":    {"N [DURATION]: end with this code (after a while)", exit},
 		"mem":     {"BYTES [DURATION]: allocate, touch and hold", mem},

@@ -96,6 +96,11 @@ func (r *results) failed() bool {
 	return slices.ContainsFunc(r.steps, func(s stepResult) bool { return s.code != "0" })
 }
 
+// testFailed tells failures of tests from steps that did not end.
+func (r *results) testFailed() bool {
+	return slices.ContainsFunc(r.steps, func(s stepResult) bool { return s.failed > 0 || s.code != "" && s.code != "0" })
+}
+
 // print shows what was tested on what, as the README has it.
 func (r *results) print(w io.Writer) {
 	host := map[string]string{}

@@ -2,18 +2,20 @@ package main
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
 	"github.com/containerd/errdefs"
+	"github.com/nodeagent/nodeagent/ebpf"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
 
 // leaveTimeout bounds what a stopping daemon does about what it leaves.
 const leaveTimeout = 10 * time.Second
 
-// leave takes away what serves all pods together, if there is none: the shim
-// and the network's tables, addresses and routes. With pods it does nothing,
+// leave takes away what serves all pods together, if there is none: the shim,
+// the network's tables, addresses and routes, and what of policy is pinned. With pods it does nothing,
 // since they go on. Nothing of ours serves any more when it is called.
 //
 // A daemon that was stopped before it had recovered does not know of pods; it
@@ -40,5 +42,9 @@ func (d *node) leave(ctx context.Context, recovered bool) error {
 	case !recovered:
 		return nil
 	}
-	return d.network.Remove(ctx)
+	err := d.network.Remove(ctx)
+	if d.policy != nil {
+		err = errors.Join(err, ebpf.Clear(d.cfg.Policy.BPFFS, policyName(d.cfg)))
+	}
+	return err
 }

@@ -27,7 +27,7 @@ import (
 // daemon left to enforce policy by itself goes then: its tables would grow old.
 func newPolicy(cfg config.Config, log *slog.Logger) (*ebpf.Engine, error) {
 	p := cfg.Policy
-	name := "nodeagent-" + cfg.Network.Name
+	name := policyName(cfg)
 	if p.Mode != "enforce" {
 		return nil, ebpf.Clear(p.BPFFS, name)
 	}
@@ -38,6 +38,9 @@ func newPolicy(cfg config.Config, log *slog.Logger) (*ebpf.Engine, error) {
 		Log:      log,
 	})
 }
+
+// policyName marks what is pinned as this daemon's.
+func policyName(cfg config.Config) string { return "nodeagent-" + cfg.Network.Name }
 
 // uplinkPatterns is nil for the NICs of the default routes.
 func uplinkPatterns(cfg config.Config) []string {

@@ -78,7 +78,7 @@ func setUpHost(t *testing.T, self, peer host) {
 
 // order is what a host is told to do.
 type order struct {
-	Do     string // run, exec, policy, shell, end
+	Do     string // run, exec, remove, policy, shell, end
 	Name   string // of a pod
 	Script string // of a container, an exec or a shell; the text of the policies
 }
@@ -114,6 +114,8 @@ func (h *localHost) do(o order) (out outcome) {
 	case "exec":
 		text, code := h.pods[o.Name].exec(h.t, o.Script)
 		out.Output, out.Code = text, int(code)
+	case "remove":
+		h.pods[o.Name].remove(h.t)
 	case "policy":
 		if err := os.WriteFile(policyFile, []byte(o.Script), 0o644); err != nil {
 			h.t.Fatal(err)
@@ -277,6 +279,16 @@ func driveHosts(t *testing.T, a *localHost, b *remoteHost) {
 	want("egress policy", []string{"good/udp", "bad/http"}, []string{"good/tcp", "good/http"})
 	policies("")
 	want("policies gone", []string{"good/http", "bad/tcp", "near/http"}, nil)
+	at["web"] = b
+	for name, h := range at {
+		h.do(order{Do: "remove", Name: name})
+	}
+	for name, h := range map[string]doer{"a": a, "b": b} {
+		out := h.do(order{Do: "shell", Script: "systemctl stop nodeagent; tc filter show dev eth0 ingress; tc filter show dev eth0 egress; ls /sys/fs/bpf"})
+		if strings.TrimSpace(out.Output) != "" {
+			t.Errorf("left on machine %s without pods and daemon:\n%s", name, out.Output)
+		}
+	}
 }
 
 // podObjects are the pods of both hosts as an API server would tell each.

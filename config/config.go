@@ -49,6 +49,7 @@ type Config struct {
 	Images  Images  `yaml:"images" doc:"Where images come from and how they are fetched."`
 	Network Network `yaml:"network" doc:"How pods get their addresses."`
 	Policy  Policy  `yaml:"policy" doc:"NetworkPolicy, enforced with eBPF on pod interfaces and NICs."`
+	Node    Node    `yaml:"node" doc:"The node in a cluster: its certificates and its HTTPS endpoint."`
 	Metrics Metrics `yaml:"metrics" doc:"Measurements of the daemon and the pods, for Prometheus."`
 }
 
@@ -110,6 +111,18 @@ type Policy struct {
 	Strict          bool           `yaml:"strict" doc:"A TCP answer needs an entry in conntrack; otherwise the right to open the connection is enough."`
 }
 
+// Node configures what the daemon is to a cluster, besides running pods.
+type Node struct {
+	Mode                string       `yaml:"mode" allowed:"off,certificates" doc:"certificates: the node's TLS certificates are got and renewed, and the HTTPS endpoint is served. off: no API server is spoken with."`
+	Name                string       `yaml:"name" doc:"Of the Node; empty: the host's name in lower case."`
+	Kubeconfig          string       `yaml:"kubeconfig" doc:"File that names the API server; written after bootstrap. May be a kubelet's."`
+	BootstrapKubeconfig string       `yaml:"bootstrapKubeconfig" doc:"File with the credential that gets the first certificate, and a new one when the last has expired."`
+	CertDir             string       `yaml:"certDir" doc:"Directory for keys and certificates, in kubelet's layout. May be a kubelet's."`
+	Addresses           []netip.Addr `yaml:"addresses" doc:"The serving certificate is for these, besides the node's name. Empty: those in the Node's status."`
+	Listen              string       `yaml:"listen" doc:"host:port of the HTTPS endpoint (/healthz, /metrics); empty: not served, and no serving certificate is kept."`
+	ClientCAFile        string       `yaml:"clientCAFile" doc:"CA of the client certificates that the endpoint accepts; read again when it changes. Empty: bearer tokens only."`
+}
+
 // Metrics configures the Prometheus endpoint.
 type Metrics struct {
 	Address string `yaml:"address" doc:"host:port to serve /metrics on; empty: not served."`
@@ -161,6 +174,15 @@ func defaults() Config {
 			Uplinks:         []string{},
 			ServiceCIDRs:    []netip.Prefix{},
 			AuditNamespaces: []string{},
+		},
+		Node: Node{
+			Mode:                "off",
+			Kubeconfig:          "/etc/kubernetes/kubelet.conf",
+			BootstrapKubeconfig: "/etc/kubernetes/bootstrap-kubelet.conf",
+			CertDir:             "/var/lib/kubelet/pki",
+			Addresses:           []netip.Addr{},
+			Listen:              ":10250",
+			ClientCAFile:        "/etc/kubernetes/pki/ca.crt",
 		},
 	}
 }

@@ -26,6 +26,7 @@ const (
 
 var (
 	networkName    = regexp.MustCompile(`^[a-z][a-z0-9-]*$`)
+	nodeName       = regexp.MustCompile(`^[a-z0-9]([-a-z0-9]*[a-z0-9])?(\.[a-z0-9]([-a-z0-9]*[a-z0-9])?)*$`)
 	runtimeHandler = regexp.MustCompile(`^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$`)
 )
 
@@ -65,6 +66,7 @@ func (c Config) faults() []Fault {
 			v.add(fmt.Sprintf("policy.uplinks[%d]", i), "%q is no pattern of names", pattern)
 		}
 	}
+	v.node(c.Node)
 	if c.Metrics.Address != "" {
 		v.hostPort("metrics.address", c.Metrics.Address)
 	}
@@ -125,6 +127,26 @@ func (v *validator) network(n Network) {
 		v.add("network.mtu", "%d is not 0 or from %d (%s needs it) to 65535", n.MTU, minMTU, why)
 	}
 	between(v, "network.warmNamespaces", n.WarmNamespaces, 0, 256)
+}
+
+func (v *validator) node(n Node) {
+	if n.Name != "" && (!nodeName.MatchString(n.Name) || len(n.Name) > 253) {
+		v.add("node.name", "%q is not a name of a Node: lower-case letters, digits, '-' and '.', 253 bytes at most", n.Name)
+	}
+	v.absolute("node.kubeconfig", n.Kubeconfig)
+	v.absolute("node.bootstrapKubeconfig", n.BootstrapKubeconfig)
+	v.absolute("node.certDir", n.CertDir)
+	for i, a := range n.Addresses {
+		if !a.IsValid() || a.IsUnspecified() || a.IsMulticast() || a.Zone() != "" {
+			v.add(fmt.Sprintf("node.addresses[%d]", i), "%s is no address that others reach a node at", a)
+		}
+	}
+	if n.Listen != "" {
+		v.hostPort("node.listen", n.Listen)
+	}
+	if n.ClientCAFile != "" {
+		v.absolute("node.clientCAFile", n.ClientCAFile)
+	}
 }
 
 func (v *validator) podCIDRs(cidrs []netip.Prefix) {

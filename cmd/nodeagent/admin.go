@@ -20,9 +20,9 @@ import (
 )
 
 // The admin socket carries what the CRI has no call for: pulls that report
-// progress, imports of archives, reloads of the configuration. It is HTTP with
-// one JSON object in and a stream of JSON lines (adminEvent) out, of a reload
-// one object (reloaded). Only root can open the socket.
+// progress, imports of archives, reloads of the configuration, certificates
+// (cert.go). It is HTTP with one JSON object in and a stream of JSON lines
+// (adminEvent) out, or one object. Only root can open the socket.
 const (
 	adminPull   = "/v1/images/pull"
 	adminImport = "/v1/images/import"
@@ -62,8 +62,8 @@ type imageSource interface {
 }
 
 // serveAdmin answers on the socket at path until ctx ends, and waits for the
-// requests it has taken, which end with ctx too.
-func serveAdmin(ctx context.Context, path string, source imageSource, reload http.Handler, log *slog.Logger) error {
+// requests it has taken, which end with ctx too. more adds requests to its own.
+func serveAdmin(ctx context.Context, path string, source imageSource, more func(*http.ServeMux), log *slog.Logger) error {
 	ln, err := listenPrivate(path)
 	if err != nil {
 		return err
@@ -85,7 +85,7 @@ func serveAdmin(ctx context.Context, path string, source imageSource, reload htt
 			return source.Import(ctx, req.Path, images.ImportOptions{Name: req.Name, Progress: report})
 		})
 	})
-	mux.Handle("POST "+adminReload, reload)
+	more(mux)
 	if err := serveSocket(ctx, ln, mux, log); err != nil {
 		return fmt.Errorf("serve admin socket %s: %w", path, err)
 	}

@@ -12,6 +12,7 @@ import (
 	"strconv"
 	"sync"
 
+	"github.com/nodeagent/nodeagent/certs"
 	"github.com/nodeagent/nodeagent/cgroups"
 	"github.com/nodeagent/nodeagent/cni"
 	"github.com/nodeagent/nodeagent/config"
@@ -41,6 +42,7 @@ type node struct {
 	pool    *namespaces.Pool
 	cri     *cri.Server
 	streams *stream.Server
+	certs   *certs.Manager      // nil: off
 	metrics *metrics.Exposition // nil: not served
 	service *service            // nil: no service manager
 }
@@ -152,12 +154,24 @@ func (d *node) build(ctx context.Context) error {
 	}
 	d.cri.SetStreams(d.streams)
 	d.service = d.newService()
-	if cfg.Metrics.Address != "" {
-		if d.metrics, err = metrics.NewExposition(metrics.ExpositionConfig{
-			Sampler: sampler, Targets: d.cri.Targets, Version: readVersion().Version, Log: log,
-		}); err == nil && d.policy != nil {
-			err = d.metrics.Register(d.policy.Collector())
-		}
+	if d.certs, err = newCerts(cfg, log); err != nil {
+		return err
+	}
+	return d.buildMetrics(sampler)
+}
+
+// buildMetrics makes what is served on one address, or two.
+func (d *node) buildMetrics(sampler *metrics.Sampler) (err error) {
+	if d.cfg.Metrics.Address == "" && d.certs == nil {
+		return nil
+	}
+	if d.metrics, err = metrics.NewExposition(metrics.ExpositionConfig{
+		Sampler: sampler, Targets: d.cri.Targets, Version: readVersion().Version, Log: d.log.Logger,
+	}); err == nil && d.policy != nil {
+		err = d.metrics.Register(d.policy.Collector())
+	}
+	if err == nil && d.certs != nil {
+		err = d.metrics.Register(d.certs)
 	}
 	return err
 }
@@ -215,14 +229,20 @@ func (d *node) run(ctx context.Context, hup <-chan os.Signal) error {
 		start(&upper, ctx, "namespaces", d.pool.Run)
 		start(&upper, ctx, "streaming", d.streams.Run)
 		start(&upper, ctx, "administration", func(ctx context.Context) error {
-			return serveAdmin(ctx, d.cfg.AdminSocket(), d.images, d.reloads, d.log.Logger)
+			return serveAdmin(ctx, d.cfg.AdminSocket(), d.images, d.handleMore, d.log.Logger)
 		})
+		if d.certs != nil {
+			start(&upper, ctx, "certificates", d.certs.Run)
+		}
+		if d.certs != nil && d.cfg.Node.Listen != "" {
+			start(&upper, ctx, "node endpoint", d.serveEndpoint)
+		}
 		if d.policy != nil {
 			start(&upper, ctx, "policy administration", func(ctx context.Context) error {
 				return servePolicy(ctx, policySocket(d.cfg), d.policy, d.log.Logger)
 			})
 		}
-		if d.metrics != nil {
+		if d.cfg.Metrics.Address != "" {
 			start(&upper, ctx, "metrics", func(ctx context.Context) error {
 				return serveMetrics(ctx, d.cfg.Metrics.Address, d.metrics, d.log.Logger)
 			})

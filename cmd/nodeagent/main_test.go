@@ -273,7 +273,7 @@ func serve(t *testing.T, f fakeStore) (socket string) {
 	socket = filepath.Join(t.TempDir(), "admin.sock")
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error)
-	go func() { done <- serveAdmin(ctx, socket, f, http.NotFoundHandler(), slog.New(slog.DiscardHandler)) }()
+	go func() { done <- serveAdmin(ctx, socket, f, func(*http.ServeMux) {}, slog.New(slog.DiscardHandler)) }()
 	t.Cleanup(func() {
 		cancel()
 		if err := <-done; err != nil {

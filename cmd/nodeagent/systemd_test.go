@@ -7,6 +7,7 @@ import (
 	"errors"
 	"log/slog"
 	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -207,7 +208,7 @@ func TestReloadCommand(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error)
-	go func() { done <- serveAdmin(ctx, r.cfg.AdminSocket(), fakeStore{}, r, slog.New(slog.DiscardHandler)) }()
+	go func() { done <- serveAdmin(ctx, r.cfg.AdminSocket(), fakeStore{}, func(mux *http.ServeMux) { mux.Handle("POST "+adminReload, r) }, slog.New(slog.DiscardHandler)) }()
 	defer func() {
 		cancel()
 		if err := <-done; err != nil {

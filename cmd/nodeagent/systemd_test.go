@@ -208,7 +208,9 @@ func TestReloadCommand(t *testing.T) {
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error)
-	go func() { done <- serveAdmin(ctx, r.cfg.AdminSocket(), fakeStore{}, func(mux *http.ServeMux) { mux.Handle("POST "+adminReload, r) }, slog.New(slog.DiscardHandler)) }()
+	go func() {
+		done <- serveAdmin(ctx, r.cfg.AdminSocket(), fakeStore{}, func(mux *http.ServeMux) { mux.Handle("POST "+adminReload, r) }, slog.New(slog.DiscardHandler))
+	}()
 	defer func() {
 		cancel()
 		if err := <-done; err != nil {

@@ -149,13 +149,24 @@ func stringErrors(list []string) []error {
 	return out
 }
 
-// settle lets numbers be used again.
+// settle lets numbers be used again, and what had no room find it.
 func (s *state) settle() {
-	if s.unsettled && s.ready {
+	if !s.ready {
+		return
+	}
+	if s.unsettled {
 		s.d.Settle()
 		s.compiler.Graced()
 		s.unsettled = false
 	}
+	if len(s.problems) == 0 {
+		return
+	}
+	for _, id := range s.d.Recover() {
+		s.compiler.Rewrite(id)
+	}
+	s.dirty = true
+	_ = s.update(false) // noted
 }
 
 // add gives a pod an endpoint. Its interface passes nothing until the update

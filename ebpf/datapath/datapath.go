@@ -15,6 +15,8 @@ import (
 
 	ciliumebpf "github.com/cilium/ebpf"
 	"golang.org/x/sys/unix"
+
+	"github.com/nodeagent/nodeagent/ebpf/policy"
 )
 
 // Config says where pins are and how large the tables get. Zero fields take
@@ -89,6 +91,9 @@ type Datapath struct {
 	bank  uint32
 	flip  time.Time // when the bank was changed
 	old   []chunk   // to be freed after a grace period
+
+	missing map[netip.Addr]policy.Address  // no room
+	lost    map[netip.Prefix]policy.Prefix // no room
 }
 
 type endpoint struct {
@@ -96,7 +101,7 @@ type endpoint struct {
 	ips      []netip.Addr
 	row      chunk
 	word     uint64 // without rows and size
-	degraded bool
+	degraded error  // why; nil: it is not
 }
 
 // Open loads the programs and makes empty tables.
@@ -105,7 +110,10 @@ func Open(cfg Config) (*Datapath, error) {
 	if !slices.Contains([]string{"", "auto", "native", "generic"}, cfg.XDP) {
 		return nil, fmt.Errorf("XDP %q: want auto, native, generic or nothing", cfg.XDP)
 	}
-	d := &Datapath{cfg: cfg, eps: map[uint32]*endpoint{}}
+	d := &Datapath{
+		cfg: cfg, eps: map[uint32]*endpoint{}, slab: slab{[]gap{{0, cfg.RowBlocks}}},
+		missing: map[netip.Addr]policy.Address{}, lost: map[netip.Prefix]policy.Prefix{},
+	}
 	spec, err := loadNa()
 	if err != nil {
 		return nil, fmt.Errorf("read eBPF objects: %w", err)
@@ -253,7 +261,6 @@ func (d *Datapath) prepare() error {
 		}
 		*m.to = mem
 	}
-	d.slab.limit = d.cfg.RowBlocks
 	if d.cfg.Dir == "" {
 		return nil
 	}

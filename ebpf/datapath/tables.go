@@ -3,11 +3,13 @@
 package datapath
 
 import (
+	"cmp"
 	"encoding/binary"
 	"errors"
 	"fmt"
 	"math/bits"
 	"net/netip"
+	"slices"
 	"sync/atomic"
 	"time"
 	"unsafe"
@@ -34,32 +36,39 @@ type chunk struct {
 	ok    bool
 }
 
-// slab hands out chunks. Freed ones are used again for chunks of their size.
-type slab struct {
-	next, limit uint32
-	free        map[uint][]uint32
-}
+// slab hands out chunks of a table, from the first gap that is large enough.
+type slab struct{ gaps []gap } // sorted, no two touch
+
+type gap struct{ base, blocks uint32 }
 
 func (s *slab) alloc(shift uint) (chunk, bool) {
-	if list := s.free[shift]; len(list) > 0 {
-		s.free[shift] = list[:len(list)-1]
-		return chunk{list[len(list)-1], shift, true}, true
-	}
 	n := uint32(2) << shift
-	if s.limit-s.next < n {
-		return chunk{}, false
+	for i := range s.gaps {
+		g := &s.gaps[i]
+		if g.blocks < n {
+			continue
+		}
+		c := chunk{g.base, shift, true}
+		g.base, g.blocks = g.base+n, g.blocks-n
+		if g.blocks == 0 {
+			s.gaps = slices.Delete(s.gaps, i, i+1)
+		}
+		return c, true
 	}
-	c := chunk{s.next, shift, true}
-	s.next += n
-	return c, true
+	return chunk{}, false
 }
 
 func (s *slab) release(c chunk) {
-	if s.free == nil {
-		s.free = map[uint][]uint32{}
+	if !c.ok {
+		return
 	}
-	if c.ok {
-		s.free[c.shift] = append(s.free[c.shift], c.base)
+	i, _ := slices.BinarySearchFunc(s.gaps, c.base, func(g gap, base uint32) int { return cmp.Compare(g.base, base) })
+	s.gaps = slices.Insert(s.gaps, i, gap{c.base, 2 << c.shift})
+	for _, k := range []int{i, i - 1} { // joins the next, then the one before
+		if k >= 0 && k+1 < len(s.gaps) && s.gaps[k].base+s.gaps[k].blocks == s.gaps[k+1].base {
+			s.gaps[k].blocks += s.gaps[k+1].blocks
+			s.gaps = slices.Delete(s.gaps, k+1, k+2)
+		}
 	}
 }
 
@@ -81,7 +90,7 @@ func (d *Datapath) publish(id uint32, e *endpoint) {
 	if e.row.ok {
 		w |= uint64(e.row.base) | uint64(e.row.base+1<<e.row.shift)<<20 | uint64(e.row.shift)<<40
 	}
-	if e.degraded {
+	if e.degraded != nil {
 		w |= wordDegraded | wordIngress | wordEgress | wordActive
 	}
 	atomic.StoreUint64(d.word(id), w)
@@ -170,13 +179,15 @@ func (d *Datapath) put(m4, m6 *ciliumebpf.Map, ip netip.Addr, value uint32) erro
 	return m6.Put(addrKey(ip), value)
 }
 
-// Apply writes a plan. An error is about some entries or endpoints: all that
-// could be written is. Endpoints that lack room are degraded: what they are
-// allowed to keep open goes on, nothing new is allowed.
+// Apply writes a plan. An error says for what there was no room, also in
+// earlier plans: all that could be written is. Where a row or an except lacks
+// room the endpoint is degraded: what it was allowed to keep open goes on,
+// nothing new is allowed. A peer that lacks room is not known, so that nothing
+// new is allowed with it. Others are not touched.
 func (d *Datapath) Apply(p *policy.Plan) error {
 	var errs []error
 	d.profilesOf(p)
-	d.grow(p, &errs)
+	d.grow(p)
 	for _, id := range p.Gone {
 		if err := d.Remove(id); err != nil {
 			errs = append(errs, fmt.Errorf("remove endpoint %d: %w", id, err))
@@ -185,12 +196,11 @@ func (d *Datapath) Apply(p *policy.Plan) error {
 	d.write(p.Prepare)
 	d.words(p.Words)
 	d.write(p.Early)
-	d.addresses(p, &errs)
+	for _, a := range p.Exact {
+		d.address(a)
+	}
 	for _, q := range p.Prefixes {
-		if err := d.prefix(q); err != nil {
-			errs = append(errs, err)
-			d.degradeAll() // an except may be missing
-		}
+		d.prefix(q)
 	}
 	d.own(p.Own)
 	if p.Grace {
@@ -198,20 +208,13 @@ func (d *Datapath) Apply(p *policy.Plan) error {
 	}
 	d.write(p.Late)
 	for _, ip := range p.DeleteExact {
-		m := d.objs.Cls4
-		if ip.Is6() {
-			m = d.objs.Cls6
-		}
-		if err := m.Delete(addrKey(ip)); err != nil && !errors.Is(err, ciliumebpf.ErrKeyNotExist) {
-			errs = append(errs, fmt.Errorf("remove address %s: %w", ip, err))
-		}
+		errs = append(errs, d.deleteAddress(ip))
 	}
 	for _, q := range p.DeletePrefixes {
-		if err := d.deletePrefix(q); err != nil {
-			errs = append(errs, err)
-		}
+		errs = append(errs, d.deletePrefix(q))
 	}
-	return errors.Join(errs...)
+	d.retry()
+	return errors.Join(append(errs, d.full()...)...)
 }
 
 // Settle waits for a grace period and frees what plans have let go of.
@@ -254,21 +257,19 @@ func (d *Datapath) ports2(bank uint32, b *policy.Bank) {
 
 // grow gives every endpoint rows that are large enough. A row moves by copy
 // and one store; its verdicts do not change.
-func (d *Datapath) grow(p *policy.Plan, errs *[]error) {
+func (d *Datapath) grow(p *policy.Plan) {
 	need := uint(0)
 	if blocks := (p.Classes + rowCells - 1) / rowCells; blocks > 1 {
 		need = uint(bits.Len32(blocks - 1))
 	}
 	d.shift = max(d.shift, need)
 	for id, e := range d.eps {
-		if e.row.ok && e.row.shift >= d.shift || e.degraded {
+		if e.row.ok && e.row.shift >= d.shift || e.degraded != nil {
 			continue
 		}
 		c, ok := d.slab.alloc(d.shift)
 		if !ok {
-			e.degraded = true
-			d.publish(id, e)
-			*errs = append(*errs, fmt.Errorf("endpoint %d: no room for %d classes: nothing new is allowed", id, p.Classes))
+			d.degrade(id, e, fmt.Errorf("endpoint %d: no room for %d classes: nothing new is allowed", id, p.Classes))
 			continue
 		}
 		for dir := range policy.Dir(2) {
@@ -290,7 +291,7 @@ func (d *Datapath) grow(p *policy.Plan, errs *[]error) {
 func (d *Datapath) write(list []policy.RowWrite) {
 	for _, w := range list {
 		e := d.eps[w.Endpoint]
-		if e == nil || e.degraded {
+		if e == nil || e.degraded != nil {
 			continue
 		}
 		row := d.row(e.row, w.Dir)
@@ -321,43 +322,144 @@ func (d *Datapath) words(list []policy.EndpointWord) {
 	}
 }
 
-func (d *Datapath) degradeAll() {
+func (d *Datapath) degrade(id uint32, e *endpoint, why error) {
+	e.degraded = why
+	d.publish(id, e)
+}
+
+// Recover gives rows to degraded endpoints for which there is room by now. They
+// stay degraded until a plan has written them as if they were new.
+func (d *Datapath) Recover() (again []uint32) {
 	for id, e := range d.eps {
-		e.degraded = true
-		d.publish(id, e)
+		if e.degraded == nil || len(d.lost) > 0 {
+			continue
+		}
+		c, ok := d.slab.alloc(d.shift)
+		if !ok {
+			continue
+		}
+		d.old = append(d.old, e.row)
+		e.row, e.degraded = c, nil
+		for dir := range policy.Dir(2) {
+			clear(d.row(c, dir))
+		}
+		again = append(again, id)
+	}
+	return again
+}
+
+func (d *Datapath) full() (errs []error) {
+	for _, e := range d.eps {
+		if e.degraded != nil {
+			errs = append(errs, e.degraded)
+		}
+	}
+	if n := len(d.missing); n > 0 {
+		errs = append(errs, fmt.Errorf("no room for %d addresses of pods beside %d: nothing new is allowed with them", n, d.cfg.Peers))
+	}
+	if n := len(d.lost); n > 0 {
+		errs = append(errs, fmt.Errorf("no room for %d address ranges beside %d", n, d.cfg.Peers))
+	}
+	return errs
+}
+
+// retry writes what had no room before.
+func (d *Datapath) retry() {
+	for _, a := range d.missing {
+		if d.address(a); len(d.missing) > 0 && d.missing[a.Addr] == a {
+			break // still full
+		}
+	}
+	for _, q := range d.lost {
+		d.prefix(q)
 	}
 }
 
-func (d *Datapath) addresses(p *policy.Plan, errs *[]error) {
-	for _, a := range p.Exact {
-		class := a.Class
-		if a.Node {
-			class |= classNode
-		}
-		if err := d.put(d.objs.Cls4, d.objs.Cls6, a.Addr, class); err != nil {
-			*errs = append(*errs, fmt.Errorf("write class of %s: %w", a.Addr, err))
-		}
+// address writes an address. One that has no place is not known at all, which
+// allows less: a class holds all ranges that its address is in.
+func (d *Datapath) address(a policy.Address) {
+	class := a.Class
+	if a.Node {
+		class |= classNode
 	}
+	if err := d.put(d.objs.Cls4, d.objs.Cls6, a.Addr, class); err != nil {
+		_ = d.deleteAddress(a.Addr) // not with a class that it no longer has
+		d.missing[a.Addr] = a
+		return
+	}
+	delete(d.missing, a.Addr)
+}
+
+func (d *Datapath) deleteAddress(ip netip.Addr) error {
+	delete(d.missing, ip)
+	m := d.objs.Cls4
+	if ip.Is6() {
+		m = d.objs.Cls6
+	}
+	if err := m.Delete(addrKey(ip)); err != nil && !errors.Is(err, ciliumebpf.ErrKeyNotExist) {
+		return fmt.Errorf("remove address %s: %w", ip, err)
+	}
+	return nil
 }
 
 func prefixKey(p netip.Prefix) []byte {
 	return append(binary.NativeEndian.AppendUint32(nil, uint32(p.Bits())), p.Addr().AsSlice()...)
 }
 
-func (d *Datapath) prefix(q policy.Prefix) error {
+// prefix writes a range. One that has no place falls to the wider range that it
+// is in: endpoints that allow more there than here (an except) are degraded.
+func (d *Datapath) prefix(q policy.Prefix) {
 	m, f := d.objs.Cidr4, uint32(0)
 	if q.Prefix.Addr().Is6() {
 		m, f = d.objs.Cidr6, 1
 	}
 	// The flag is only ever set: an empty trie is only slower.
 	atomic.StoreUint32((*uint32)(unsafe.Pointer(&d.state[4+4*f])), 1)
-	if err := m.Put(prefixKey(q.Prefix), q.Class); err != nil {
-		return fmt.Errorf("write class of %s: %w", q.Prefix, err)
+	key := prefixKey(q.Prefix)
+	if err := m.Put(key, q.Class); err == nil {
+		delete(d.lost, q.Prefix)
+		return
 	}
-	return nil
+	d.lost[q.Prefix] = q
+	wider := d.around(q.Prefix)
+	for id, e := range d.eps {
+		if e.degraded == nil && d.differs(e, q.Class, wider) {
+			d.degrade(id, e, fmt.Errorf("endpoint %d: no room for range %s: nothing new is allowed", id, q.Prefix))
+		}
+	}
+	_ = m.Delete(key) // not with a class that it no longer has
+}
+
+// around is the class of the smallest range in the table that a range lies in.
+func (d *Datapath) around(p netip.Prefix) uint32 {
+	m := d.objs.Cidr4
+	if p.Addr().Is6() {
+		m = d.objs.Cidr6
+	}
+	var class uint32
+	if p.Bits() > 0 && m.Lookup(prefixKey(netip.PrefixFrom(p.Addr(), p.Bits()-1)), &class) == nil { // matches at most so many bits
+		return class
+	}
+	return policy.World
+}
+
+// differs says whether an endpoint allows something with a class that it may
+// not allow with another.
+func (d *Datapath) differs(e *endpoint, narrow, wide uint32) bool {
+	for dir := range policy.Dir(2) {
+		if e.word&(wordIngress<<dir) == 0 || !e.row.ok {
+			continue
+		}
+		row := d.row(e.row, dir)
+		if int(max(narrow, wide)) >= len(row) || row[wide] != policy.ProfileDeny && row[wide] != row[narrow] {
+			return true
+		}
+	}
+	return false
 }
 
 func (d *Datapath) deletePrefix(q netip.Prefix) error {
+	delete(d.lost, q)
 	m := d.objs.Cidr4
 	if q.Addr().Is6() {
 		m = d.objs.Cidr6

@@ -34,6 +34,14 @@ func (c *Compiler) Graced() {
 	c.profiles.graced()
 }
 
+// Rewrite says that the datapath has an endpoint as if it were new: the next
+// plan writes its rows and its word again.
+func (c *Compiler) Rewrite(id uint32) {
+	if e := c.endpoints[id]; e != nil {
+		e.fresh, e.word, e.current = true, Word{}, [2][]uint16{}
+	}
+}
+
 // selectPolicies finds each endpoint's policies, and takes the peers and names
 // of those that came into use and lets go of the others'. It says whether
 // prefixes have to be looked at again.

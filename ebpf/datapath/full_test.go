@@ -65,7 +65,9 @@ func TestOverfullConntrack(t *testing.T) {
 	}
 	for i := range 2 {
 		for port := range 20_000 { // many times what there is room for
-			r.send("a flood of flows", flows.FromPod, 0, r.ifs[0], 0, tcp(a[i], b[i], uint16(10_000+port), 80, frame.SYN), true)
+			for _, flags := range []uint8{frame.SYN, frame.ACK} { // seen once, they would make room for each other
+				r.send("a flood of flows", flows.FromPod, 0, r.ifs[0], 0, tcp(a[i], b[i], uint16(10_000+port), 80, flags), true)
+			}
 			if t.Failed() {
 				return
 			}

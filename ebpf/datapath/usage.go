@@ -14,11 +14,11 @@ type Room struct{ Used, Limit int }
 
 // Rows tells the blocks of the row table. It belongs to who calls Apply.
 func (d *Datapath) Rows() Room {
-	free := 0
-	for shift, list := range d.slab.free {
-		free += len(list) * 2 << shift
+	free := uint32(0)
+	for _, g := range d.slab.gaps {
+		free += g.blocks
 	}
-	return Room{int(d.slab.next) - free, int(d.slab.limit)}
+	return Room{int(d.cfg.RowBlocks - free), int(d.cfg.RowBlocks)}
 }
 
 // Flows counts what conntrack holds, in both families, flows that are over and

@@ -36,13 +36,22 @@ func (s *Server) Adopt(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("read containers of earlier shims: %w", err)
 	}
+	var ends []func()
 	for _, e := range entries {
 		if !record.ValidID(e.Name()) {
 			continue
 		}
-		if err := s.adopt(ctx, e.Name(), same); err != nil {
+		end, err := s.adopt(ctx, e.Name(), same)
+		if err != nil {
 			s.cfg.Log.Error("adopt container; it is left alone", "container", e.Name(), "err", err)
 		}
+		if end != nil {
+			ends = append(ends, end)
+		}
+	}
+	s.oom.balanceAll()
+	for _, end := range ends {
+		go end()
 	}
 	for name, fd := range s.cfg.Kept {
 		s.cfg.Log.Warn("descriptor of a container that is gone", "name", name)
@@ -76,39 +85,41 @@ func (s *Server) sameBoot() (bool, error) {
 	return then == nil, os.Rename(path+".tmp", path)
 }
 
-func (s *Server) adopt(ctx context.Context, id string, sameBoot bool) error {
+// adopt takes over one container. It returns what waits for its end and records
+// it, to be run once all are taken over; nil if that is done.
+func (s *Server) adopt(ctx context.Context, id string, sameBoot bool) (end func(), err error) {
 	c := s.newContainer(id)
 	lines, err := record.ReadJournal(c.journal())
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if len(lines) < 2 {
-		return s.abandon(c, lines) // facts come before the release
+		return nil, s.abandon(c, lines) // facts come before the release
 	}
 	if c.facts, err = record.DecodeFacts(lines[1]); err != nil {
-		return err
+		return nil, err
 	}
 	if c.facts.ID != id {
-		return fmt.Errorf("its facts are of container %q", c.facts.ID)
+		return nil, fmt.Errorf("its facts are of container %q", c.facts.ID)
 	}
 	if _, err := os.Stat(filepath.Join(c.dir, "exec.fifo")); err == nil {
-		return s.abandon(c, lines) // it was never released
+		return nil, s.abandon(c, lines) // it was never released
 	}
 	c.adopted = true
 	if c.lc, err = libcontainer.Load(s.root(), id); err != nil {
-		return err
+		return nil, err
 	}
 	cfg := c.lc.Config()
 	s.useSeccomp(cfg.Seccomp)
 	cg := *cfg.Cgroups
 	if c.cgroup, err = manager.NewWithPaths(&cg, c.facts.CgroupPaths); err != nil {
-		return err
+		return nil, err
 	}
 	if err := s.adoptStdio(c); err != nil {
-		return err
+		return nil, err
 	}
 	if c.log, err = s.openLog(c); err != nil {
-		return err
+		return nil, err
 	}
 	alive := sameBoot && s.adoptProcess(c)
 	s.mu.Lock()
@@ -120,21 +131,22 @@ func (s *Server) adopt(ctx context.Context, id string, sameBoot bool) error {
 	if ended {
 		c.exit = &x
 		close(c.exited)
-		return nil
+		return nil, nil
+	}
+	if group := c.unified(); group != "" && sameBoot {
+		s.oom.adopt(group)
 	}
 	if alive {
 		_ = s.cfg.Reaper.Watch(c.facts.Pid)
-		go s.watch(c)
-		return nil
+		return func() { s.watch(c) }, nil
 	}
-	go func() {
+	return func() {
 		x := record.Exit{At: time.Now()}
 		if sameBoot {
 			x = s.adoptedStatus(c)
 		}
 		s.finish(c, x)
-	}()
-	return nil
+	}, nil
 }
 
 // adoptProcess opens the container's process if it is still that one.

@@ -93,6 +93,14 @@ func (c *container) cgroupPaths() map[string]string {
 	return paths
 }
 
+// unified is the container's group on cgroup v2, "" on other hosts.
+func (c *container) unified() string {
+	if !cgroups.IsCgroup2UnifiedMode() {
+		return ""
+	}
+	return c.facts.CgroupPaths[""]
+}
+
 func wireExit(x *record.Exit) *api.ContainerExit {
 	if x == nil {
 		return nil

@@ -75,9 +75,7 @@ func (s *Server) finish(c *container, x record.Exit) {
 	x.Version, x.ID, x.SandboxID = record.Version, c.id, c.facts.SandboxID
 	x.Pid, x.StartTime = c.facts.Pid, c.facts.StartTime
 	x.CreatedAt, x.StartedAt = c.facts.CreatedAt, c.facts.StartedAt
-	if n, err := c.cgroup.OOMKillCount(); err == nil && n > 0 && (x.Code != 0 || !x.Known) {
-		x.OOMKilled = true
-	}
+	x.OOMKilled = s.oomKills(c) > 0 && (x.Code != 0 || !x.Known)
 	c.ended.Store(true)
 	s.flush(c)
 	ctx, cancel := context.WithCancel(context.Background())
@@ -96,7 +94,20 @@ func (s *Server) finish(c *container, x record.Exit) {
 	if err == nil {
 		s.publish(x)
 	}
+	s.oom.settle(c.unified())
 	close(c.exited)
+}
+
+// oomKills is how many processes of c the OOM killer took, now that it has ended.
+func (s *Server) oomKills(c *container) uint64 {
+	if group := c.unified(); group != "" {
+		return s.oom.judge(group)
+	}
+	n, err := c.cgroup.OOMKillCount()
+	if err != nil {
+		return 0
+	}
+	return n
 }
 
 // flush waits until all that the process wrote is in the log. Other processes
@@ -168,6 +179,7 @@ func (s *Server) destroy(ctx context.Context, c *container) error {
 	if d, ok := ctx.Deadline(); ok {
 		deadline = d
 	}
+	s.oom.note(c.unified())
 	if err := c.kill(deadline); err != nil {
 		return err
 	}

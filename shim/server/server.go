@@ -22,8 +22,8 @@
 // output (two for a terminal), one for each attached client; all end when the
 // container is deleted. Locks: Server.mu guards the maps and is held for
 // moments; container.op is held through start, update and delete of that
-// container; container.mu guards its few changing fields. Order: op, Server.mu,
-// container.mu.
+// container; container.mu guards its few changing fields; oomBook.mu is held alone. Order:
+// op, Server.mu, container.mu.
 //
 // Linux 5.3 (pidfd) or newer; cgroup v1, hybrid and v2.
 package server
@@ -69,6 +69,7 @@ type Server struct {
 	limits   limits
 	profiles profiles
 	sessions sessions
+	oom      oomBook
 	quiet    *time.Timer // gives memory back; set again by all that takes some
 
 	mu         sync.Mutex
@@ -93,6 +94,7 @@ func New(cfg Config) (*Server, error) {
 		stop:       make(chan struct{}),
 	}
 	s.quiet = time.AfterFunc(quietTime, debug.FreeOSMemory)
+	s.oom.log = cfg.Log
 	s.sessions.m = map[string]*session{}
 	s.sessions.files = map[string]passed{}
 	if err := s.limits.read(cfg.Log); err != nil {

@@ -90,6 +90,7 @@ func (v service) Abort(ctx context.Context, r *api.AbortRequest) (*api.Empty, er
 func (v service) Signal(_ context.Context, r *api.SignalRequest) (*api.Empty, error) {
 	c, err := v.s.get(r.Id)
 	if err == nil {
+		v.s.oom.note(c.unified()) // it may be its end, and the group's
 		err = c.signal(unix.Signal(r.Signal), r.All)
 	}
 	return &api.Empty{}, wire(err)

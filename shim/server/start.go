@@ -168,6 +168,7 @@ func (s *Server) create(ctx context.Context, c *container, req *api.StartRequest
 	}
 	child.close()
 	back.push(func() {
+		s.oom.settle(c.unified())
 		_ = s.cfg.Reaper.Unwatch(pid)
 		s.dropKept(c)
 		c.pidfd.Close()
@@ -209,6 +210,14 @@ func (s *Server) noteStarted(c *container, pid int, child *childIO, journal reco
 	cg := *state.Config.Cgroups
 	if c.cgroup, err = manager.NewWithPaths(&cg, state.CgroupPaths); err != nil {
 		return err
+	}
+	if group := c.unified(); group != "" {
+		s.oom.open(group)
+		defer func() {
+			if err != nil {
+				s.oom.settle(group)
+			}
+		}()
 	}
 	if err := s.cfg.Reaper.Watch(pid); err != nil {
 		s.cfg.Log.Error("ask reaper to watch; the exit is unknown should this shim die", "container", c.id, "err", err)

@@ -10,10 +10,12 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"sync"
 	"time"
+	"unicode"
 
 	"github.com/containerd/errdefs"
 	ocicgroups "github.com/opencontainers/cgroups"
@@ -140,24 +142,62 @@ const scopePrefix = "nodeagent"
 // parentPath checks a parent and returns it relative to a hierarchy's mount
 // point, with a leading slash. "" is the group that holds our pods.
 func (m *Manager) parentPath(parent string) (string, error) {
-	if strings.ContainsRune(parent, 0) {
-		return "", fmt.Errorf("cgroup parent %q: %w", parent, errdefs.ErrInvalidArgument)
-	}
-	if m.driver == CgroupFS {
-		if parent == "" {
-			return "/" + m.name, nil
-		}
-		return path.Clean("/" + parent), nil
-	}
 	if parent == "" {
-		return "/" + m.name + ".slice", nil
+		return m.root(), nil
 	}
-	unit := sliceOf(path.Clean("/" + parent))
-	rel, err := ocisystemd.ExpandSlice(unit)
+	rel := "/" + strings.TrimPrefix(parent, "/")
+	err := checkPath(rel)
+	if err == nil && m.driver == Systemd {
+		err = checkSlice(rel)
+	}
 	if err != nil {
-		return "", fmt.Errorf("cgroup parent %q: the systemd driver wants a slice (\"kubepods.slice/kubepods-pod1.slice\"): %w: %w", parent, err, errdefs.ErrInvalidArgument)
+		return "", fmt.Errorf("cgroup parent %q: %w: %w", parent, err, errdefs.ErrInvalidArgument)
+	}
+	if m.driver == Systemd {
+		return ocisystemd.ExpandSlice(sliceOf(rel))
 	}
 	return rel, nil
+}
+
+// checkPath refuses what could lead elsewhere than it seems to, and names that
+// the kernel does not take (kernel/cgroup/cgroup.c, cgroup_mkdir).
+func checkPath(rel string) error {
+	if rel == "/" {
+		return nil
+	}
+	for name := range strings.SplitSeq(rel[1:], "/") {
+		switch {
+		case name == "":
+			return errors.New("it has an empty segment: write one slash between names and none at the end")
+		case name == "." || name == "..":
+			return fmt.Errorf("the segment %q is not the name of a group: write the whole path from the root of the hierarchy", name)
+		case len(name) > unix.NAME_MAX:
+			return fmt.Errorf("a segment is %d bytes long, at most %d are possible", len(name), unix.NAME_MAX)
+		case strings.ContainsFunc(name, unicode.IsControl):
+			return errors.New("it has a control character")
+		}
+	}
+	return nil
+}
+
+// unitName holds the characters of systemd's unit names (systemd.unit(5)).
+var unitName = regexp.MustCompile(`^[a-zA-Z0-9:_.\\-]+$`)
+
+// checkSlice wants rel to be a slice's path, or its name alone.
+func checkSlice(rel string) error {
+	const want = `the systemd driver wants a slice, as "/kubepods.slice/kubepods-pod1.slice"`
+	unit := sliceOf(rel)
+	if !unitName.MatchString(unit) {
+		return fmt.Errorf("%s: a unit's name has letters, digits and :_.\\- only", want)
+	}
+	at, err := ocisystemd.ExpandSlice(unit)
+	if err != nil {
+		return fmt.Errorf("%s: %w", want, err)
+	}
+	if rel != at && rel != "/"+unit {
+		return fmt.Errorf("%s: %s is at %s", want, unit, at)
+	}
+	return nil
 }
 
 // sliceOf is the name of the slice at rel; the root's is "-.slice".

@@ -3,7 +3,11 @@ package cgroups
 import (
 	"os"
 	"path/filepath"
+	"strconv"
+	"strings"
 	"testing"
+
+	"github.com/containerd/errdefs"
 
 	"github.com/nodeagent/nodeagent/metrics/sample"
 )
@@ -178,20 +182,43 @@ func TestPaths(t *testing.T) {
 	}{
 		{fs, "", "/nodeagent/pods1", "/nodeagent/pods1/c1", "/nodeagent/pods1/c1"},
 		{fs, "/kubepods/besteffort/pod7", "/kubepods/besteffort/pod7", "/kubepods/besteffort/pod7/c1", "/kubepods/besteffort/pod7/c1"},
-		{fs, "rel/../../../etc//x/", "/etc/x", "/etc/x/c1", "/etc/x/c1"},
+		{fs, "rel/x", "/rel/x", "/rel/x/c1", "/rel/x/c1"},
+		{fs, "/a..b/.c", "/a..b/.c", "/a..b/.c/c1", "/a..b/.c/c1"},
 		{fs, "/", "/", "/c1", "/c1"},
 		{fs, "/a\x00b", "", "", ""},
+		{fs, "/a\nb", "", "", ""},
+		{fs, "../../x", "", "", ""},
+		{fs, "/..", "", "", ""},
+		{fs, "/a/../b", "", "", ""},
+		{fs, "/a/./b", "", "", ""},
+		{fs, "/a//b", "", "", ""},
+		{fs, "//a", "", "", ""},
+		{fs, "/a/", "", "", ""},
+		{fs, "/" + strings.Repeat("x", 256), "", "", ""},
 		{sd, "", "/nodeagent.slice/nodeagent-pods1.slice", "nodeagent-pods1.slice:nodeagent:c1", "/nodeagent.slice/nodeagent-pods1.slice/nodeagent-c1.scope"},
 		{sd, "/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-podX.slice", "/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-podX.slice",
 			"kubepods-besteffort-podX.slice:nodeagent:c1", "/kubepods.slice/kubepods-besteffort.slice/kubepods-besteffort-podX.slice/nodeagent-c1.scope"},
 		{sd, "kubepods-burstable.slice", "/kubepods.slice/kubepods-burstable.slice", "kubepods-burstable.slice:nodeagent:c1", "/kubepods.slice/kubepods-burstable.slice/nodeagent-c1.scope"},
 		{sd, "/kubepods/besteffort", "", "", ""},
+		{sd, "/", "/", "-.slice:nodeagent:c1", "/nodeagent-c1.scope"},
 		{sd, "/bad--name.slice", "", "", ""},
+		{sd, "-bad.slice", "", "", ""},
+		{sd, "bad-.slice", "", "", ""},
+		{sd, ".slice", "", "", ""},
+		{sd, "b d.slice", "", "", ""},
+		{sd, "b%d.slice", "", "", ""},
+		{sd, "a.scope", "", "", ""},
+		{sd, "a.service/a.slice", "", "", ""},
+		{sd, "/other.slice/kubepods-pod1.slice", "", "", ""},
+		{sd, "../kubepods.slice", "", "", ""},
+		{sd, "/kubepods.slice/../x.slice", "", "", ""},
+		{sd, "/kubepods.slice//kubepods-pod1.slice", "", "", ""},
+		{sd, "/kubepods.slice/", "", "", ""},
 	} {
 		pod, err := c.m.PodParent(c.parent, "s1")
 		if c.pod == "" {
-			if err == nil {
-				t.Errorf("%s %q: accepted as %q", c.m.driver, c.parent, pod)
+			if !errdefs.IsInvalidArgument(err) || !strings.Contains(err.Error(), strconv.Quote(c.parent)) {
+				t.Errorf("%s %q: accepted as %q, or not with the right error: %v", c.m.driver, c.parent, pod, err)
 			}
 			continue
 		}

@@ -45,6 +45,8 @@ func (s *Server) makeContainer(ctx context.Context, b *sandbox, config *runtimea
 		return made{}, err
 	}
 	defer unlock()
+	ctx, done := b.beginCreate(ctx)
+	defer done(&err)
 	if err := b.usable(); err != nil {
 		return made{}, err
 	}
@@ -84,7 +86,7 @@ func (s *Server) makeContainer(ctx context.Context, b *sandbox, config *runtimea
 		return made{}, err
 	}
 	if err := ctx.Err(); err != nil {
-		return made{}, fmt.Errorf("record container: the caller went away: %w", err)
+		return made{}, fmt.Errorf("record container: %w", err)
 	}
 	s.phase(ctx, "CreateContainer/built", id)
 	if err := s.db.PutContainer(rec, data); err != nil {

@@ -31,7 +31,8 @@
 // is cancelled, and rolled back, when the last of them has gone away.
 //
 // A sandbox has a read/write operation lock: creating and starting containers
-// share it, stop and remove of the sandbox take it alone. A container has an
+// share it, stop and remove of the sandbox take it alone, and cancel creations
+// in flight rather than wait for them. A container has an
 // operation lock for start, update and removal; it is not held while a stop
 // waits for the grace period. Order: sandbox before container. There is no
 // global lock on the start path. Facts of an object are guarded by its own

@@ -33,6 +33,7 @@ type world struct {
 	calls  []string        // in order, "net.Setup"
 	failAt int             // the call with this number fails, once; 0: none
 	onCall func(n int, name string)
+	stall  string // calls of this name wait until they are cancelled
 	exits  chan ProcessExit
 	procs  map[string]*Process
 	exitDB map[string]ProcessExit // exit records that were not forgotten
@@ -58,13 +59,16 @@ func (w *world) call(ctx context.Context, name string) error {
 	w.mu.Lock()
 	w.calls = append(w.calls, name)
 	n := len(w.calls)
-	fail, on := w.failAt == n, w.onCall
+	fail, on, stall := w.failAt == n, w.onCall, w.stall == name
 	w.mu.Unlock()
 	if on != nil {
 		on(n, name)
 	}
 	if fail {
 		return fmt.Errorf("%s: %w", name, errInjected)
+	}
+	if stall {
+		<-ctx.Done()
 	}
 	return ctx.Err()
 }

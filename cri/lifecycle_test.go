@@ -231,6 +231,85 @@ func TestAbandonedAtTheEnd(t *testing.T) {
 	}
 }
 
+// A stop or a removal does not wait for creations in flight: it cancels them,
+// also one that begins while it waits for others, and nothing of them stays.
+func TestStopCancelsCreates(t *testing.T) {
+	for _, remove := range []bool{false, true} {
+		for _, at := range []string{"images.Get", "rootfs.Mount", "rootfs.MountImage"} {
+			w := newWorld(t)
+			s := w.start(t)
+			id := runPod(t, s, podConfig("p"))
+			w.mu.Lock()
+			w.stall = at
+			w.mu.Unlock()
+			errs := make(chan error, 3)
+			creates := func(name string) {
+				config := containerConfig(name)
+				config.Mounts = []*runtimeapi.Mount{{ContainerPath: "/v", Image: &runtimeapi.ImageSpec{Image: "busybox"}, Readonly: true}}
+				go func() {
+					_, err := s.CreateContainer(t.Context(), &runtimeapi.CreateContainerRequest{PodSandboxId: id, Config: config})
+					errs <- err
+				}()
+			}
+			creates("a")
+			creates("b")
+			eventually(t, "two creations stall", func() bool {
+				w.mu.Lock()
+				defer w.mu.Unlock()
+				n := 0
+				for _, call := range w.calls {
+					if call == at {
+						n++
+					}
+				}
+				return n >= 2
+			})
+			creates("c") // before, amid or after the cancellation
+			if remove {
+				removePod(t, s, id)
+			} else if _, err := s.StopPodSandbox(t.Context(), &runtimeapi.StopPodSandboxRequest{PodSandboxId: id}); err != nil {
+				t.Fatal(err)
+			}
+			for range 3 {
+				// One that came only after a removal finds nothing.
+				if err := <-errs; !errdefs.IsFailedPrecondition(err) && !(remove && errdefs.IsNotFound(err)) || errors.Is(err, context.Canceled) {
+					t.Errorf("stalled in %s, remove %v: %v", at, remove, err)
+				}
+			}
+			if n := s.containers.Len(); n != 0 {
+				t.Errorf("stalled in %s: %d containers", at, n)
+			}
+			removePod(t, s, id)
+			if got := append(w.holding(), leftovers(t, s)...); len(got) > 0 {
+				t.Errorf("stalled in %s: left over %v", at, got)
+			}
+		}
+	}
+}
+
+// A stop that gives up while it waits for the sandbox leaves it usable.
+func TestStopThatGivesUp(t *testing.T) {
+	w := newWorld(t)
+	s := w.start(t)
+	id := runPod(t, s, podConfig("p"))
+	b, err := s.findSandbox(id)
+	if err != nil {
+		t.Fatal(err)
+	}
+	unlock, err := b.op.share(t.Context(), "test")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, err := s.StopPodSandbox(ctx, &runtimeapi.StopPodSandboxRequest{PodSandboxId: id}); !errors.Is(err, context.Canceled) {
+		t.Errorf("stop: %v", err)
+	}
+	unlock()
+	create(t, s, id, containerConfig("c"))
+	removePod(t, s, id)
+}
+
 func TestPanicIsAnError(t *testing.T) {
 	w := newWorld(t)
 	s := w.start(t)

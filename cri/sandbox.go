@@ -32,6 +32,64 @@ type sandbox struct {
 	removed    bool
 	pausePid   int
 	containers []*container // in order of creation
+	creates    map[*creation]struct{}
+	ending     int // stops and removals that wait for op or hold it
+}
+
+// creation is a container's creation in flight.
+type creation struct{ cancel context.CancelCauseFunc }
+
+// beginCreate returns a context that ends when somebody wants to stop the
+// sandbox. done reports why a creation failed, if that was it.
+func (b *sandbox) beginCreate(ctx context.Context) (_ context.Context, done func(*error)) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	c := &creation{cancel}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.creates == nil {
+		b.creates = map[*creation]struct{}{}
+	}
+	b.creates[c] = struct{}{}
+	if b.ending > 0 {
+		cancel(errStopping)
+	}
+	return ctx, func(err *error) {
+		if *err != nil && context.Cause(ctx) == errStopping {
+			*err = fmt.Errorf("sandbox %s: %w (%v)", b.id, errStopping, *err)
+		}
+		cancel(nil)
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		delete(b.creates, c)
+	}
+}
+
+// errStopping ends the creations in a sandbox.
+var errStopping = fmt.Errorf("it is being stopped or removed: %w", errdefs.ErrFailedPrecondition)
+
+// lockToEnd takes op alone, for a stop or a removal. Creations in flight do not
+// hold it up: they are cancelled, and no other begins meanwhile.
+func (b *sandbox) lockToEnd(ctx context.Context, what string) (unlock func(), err error) {
+	b.mu.Lock()
+	b.ending++
+	for c := range b.creates {
+		c.cancel(errStopping)
+	}
+	b.mu.Unlock()
+	unending := func() {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		b.ending--
+	}
+	release, err := b.op.alone(ctx, what+" "+b.id)
+	if err != nil {
+		unending()
+		return nil, err
+	}
+	return func() {
+		unending()
+		release()
+	}, nil
 }
 
 func (b *sandbox) record() *store.Sandbox {

@@ -52,7 +52,7 @@ func (s *Server) makeSandbox(ctx context.Context, key string, r *runtimeapi.RunP
 	s.phase(ctx, "RunPodSandbox/begin", id)
 	parent, err := s.cfg.Cgroups.PodParent(r.GetConfig().GetLinux().GetCgroupParent(), id)
 	if err != nil {
-		return made{}, err
+		return made{}, fmt.Errorf("config.linux.cgroup_parent: %w", err)
 	}
 	limits, err := podResources(r.GetConfig().GetLinux(), s.cfg.Host)
 	if err != nil {

@@ -22,7 +22,7 @@ func (s *Server) StopPodSandbox(ctx context.Context, r *runtimeapi.StopPodSandbo
 	if err != nil {
 		return nil, fmt.Errorf("stop sandbox: %w", err)
 	}
-	unlock, err := b.op.alone(ctx, "stop sandbox "+b.id)
+	unlock, err := b.lockToEnd(ctx, "stop sandbox")
 	if err != nil {
 		return nil, err
 	}
@@ -100,7 +100,7 @@ func (s *Server) RemovePodSandbox(ctx context.Context, r *runtimeapi.RemovePodSa
 	if err != nil {
 		return nil, fmt.Errorf("remove sandbox: %w", err)
 	}
-	unlock, err := b.op.alone(ctx, "remove sandbox "+b.id)
+	unlock, err := b.lockToEnd(ctx, "remove sandbox")
 	if err != nil {
 		return nil, err
 	}

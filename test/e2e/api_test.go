@@ -99,6 +99,11 @@ func TestErrorCodes(t *testing.T) {
 	ctx := callCtx(t)
 	const gone = "0000000000000000000000000000000000000000000000000000000000000000"
 	err := func(_ any, e error) error { return e }
+	withParent := func(parent string) *runtimeapi.PodSandboxConfig {
+		cfg := podConfig(t)
+		cfg.Linux.CgroupParent = parent
+		return cfg
+	}
 	for _, c := range []struct {
 		name string
 		err  error
@@ -126,6 +131,8 @@ func TestErrorCodes(t *testing.T) {
 		{"PullImage of a bad name", err(is.PullImage(ctx, &runtimeapi.PullImageRequest{Image: &runtimeapi.ImageSpec{Image: "UPPER//case"}})), codes.InvalidArgument},
 		{"PullImage that is not there", err(is.PullImage(ctx, &runtimeapi.PullImageRequest{Image: &runtimeapi.ImageSpec{Image: hub.Addr + "/e2e/none:1"}})), codes.NotFound},
 		{"RunPodSandbox without metadata", err(rs.RunPodSandbox(ctx, &runtimeapi.RunPodSandboxRequest{Config: &runtimeapi.PodSandboxConfig{}})), codes.InvalidArgument},
+		{"RunPodSandbox with a cgroup parent that leads out", err(rs.RunPodSandbox(ctx, &runtimeapi.RunPodSandboxRequest{Config: withParent("../../x")})), codes.InvalidArgument},
+		{"RunPodSandbox with an empty segment in its cgroup parent", err(rs.RunPodSandbox(ctx, &runtimeapi.RunPodSandboxRequest{Config: withParent("/x//y.slice")})), codes.InvalidArgument},
 		{"CreateContainer without image", err(rs.CreateContainer(ctx, &runtimeapi.CreateContainerRequest{PodSandboxId: p.id, Config: containerConfig(image("")), SandboxConfig: p.config})), codes.InvalidArgument},
 		{"CreateContainer with an absent image", err(rs.CreateContainer(ctx, &runtimeapi.CreateContainerRequest{PodSandboxId: p.id, Config: containerConfig(image("example.test/none:1")), SandboxConfig: p.config})), codes.NotFound},
 	} {

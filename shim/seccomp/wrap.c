@@ -35,7 +35,6 @@ int __real_seccomp_load(const scmp_filter_ctx ctx);
 // The table of programs that the shim has made known; NULL without one.
 static const uint8_t *table;
 static size_t table_len;
-static int hits;
 
 // Where a compiling process sends its one program; -1 in all others.
 static int capture_fd = -1;
@@ -270,10 +269,8 @@ int __wrap_seccomp_export_bpf(const scmp_filter_ctx ctx, int fd)
 			capture(ctx);
 		uint32_t len;
 		const uint8_t *prog = find(&len);
-		if (prog) {
-			hits++;
+		if (prog)
 			return write_all(fd, prog, len);
-		}
 	}
 	int rc = give_up(ctx);
 	return rc ? rc : __real_seccomp_export_bpf(ctx, fd);
@@ -294,11 +291,6 @@ int __wrap_seccomp_load(const scmp_filter_ctx ctx)
 void na_seccomp_capture(int fd)
 {
 	capture_fd = fd;
-}
-
-int na_seccomp_hits(void)
-{
-	return hits;
 }
 
 void na_seccomp_open_table(const char *path)

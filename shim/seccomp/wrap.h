@@ -9,6 +9,5 @@
 
 void na_seccomp_capture(int fd);
 void na_seccomp_open_table(const char *path);
-int na_seccomp_hits(void); // programs that this process took from the table
 
 #endif

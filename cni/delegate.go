@@ -391,12 +391,7 @@ func (d *delegate) ready(ctx context.Context, list *libcni.NetworkConfigList, ex
 
 // loopbackUp sets lo up in the namespace at path.
 func loopbackUp(path string) error {
-	ns, err := netns.Open(path)
-	if err != nil {
-		return err
-	}
-	defer ns.Close()
-	c, err := rtnl.Dial(ns)
+	c, err := rtnl.DialPath(path)
 	if err != nil {
 		return err
 	}

@@ -7,7 +7,6 @@ import (
 	"net/netip"
 
 	"github.com/containerd/errdefs"
-	"github.com/nodeagent/nodeagent/cni/netns"
 	"github.com/nodeagent/nodeagent/cni/rtnl"
 	"golang.org/x/sys/unix"
 )
@@ -72,12 +71,7 @@ func hasRoute(routes []rtnl.Route, dst netip.Prefix, link int) bool {
 
 // checkPod looks at the pod's side.
 func (n *Network) checkPod(a Attachment, index int, ips []netip.Addr, fault func(string, ...any)) error {
-	ns, err := netns.Open(a.Netns)
-	if err != nil {
-		return err
-	}
-	defer ns.Close()
-	c, err := rtnl.Dial(ns)
+	c, err := rtnl.DialPath(a.Netns)
 	if err != nil {
 		return err
 	}

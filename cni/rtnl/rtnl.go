@@ -30,6 +30,16 @@ type Conn struct {
 	buf []byte
 }
 
+// DialPath opens a socket in the namespace at path.
+func DialPath(path string) (*Conn, error) {
+	ns, err := netns.Open(path)
+	if err != nil {
+		return nil, err
+	}
+	defer ns.Close()
+	return Dial(ns)
+}
+
 // Dial opens a socket in the namespace of ns (nil: the caller's).
 func Dial(ns *netns.Handle) (*Conn, error) {
 	c := &Conn{fd: -1}

@@ -7,6 +7,8 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
+	"strings"
 
 	"github.com/nodeagent/nodeagent/test/images"
 	"github.com/nodeagent/nodeagent/test/registry"
@@ -15,6 +17,8 @@ import (
 const (
 	e2e     = "e2e-test-images/"
 	staging = "k8s-staging-cri-tools/"
+
+	byDigest = staging + "test-image-digest:latest" // the suite pulls it by digest
 )
 
 // mirrored are the registries whose images are served here instead.
@@ -22,17 +26,21 @@ func mirrored() []string { return []string{"registry.k8s.io", "gcr.io", "k8s.gcr
 
 // suiteImages are those the suite pulls, by repository and tag: the same names
 // and behaviour as the originals, made of busybox and the applets.
-func suiteImages(ctx context.Context, busybox, applets string) (map[string]images.Image, error) {
+func suiteImages(ctx context.Context, busybox, sh, applets string) (map[string]images.Image, error) {
 	base, err := images.Busybox(ctx, busybox)
 	if err != nil {
 		return nil, err
 	}
 	b := &builder{images: map[string]images.Image{}}
-	root := b.layer(append(hardlinked(base),
+	base, err = shell(ctx, hardlinked(base), sh)
+	if err != nil {
+		return nil, err
+	}
+	root := b.layer(append(base,
 		users(""),
 		images.Executable("bin/pgrep", applets), images.Executable("bin/ipcs", applets))...)
-	sh := images.Config{Cmd: []string{"sh"}}
-	b.add(e2e+"busybox:1.29-2", sh, root)
+	cfg := images.Config{Cmd: []string{"sh"}}
+	b.add(e2e+"busybox:1.29-2", cfg, root)
 
 	web := b.layer(images.Executable("bin/nginx", applets))
 	serving := func(port string) images.Config {
@@ -53,12 +61,13 @@ func suiteImages(ctx context.Context, busybox, applets string) (map[string]image
 	b.add(staging+"test-image-predefined-group:latest", images.Config{Cmd: []string{"sh"}, User: "1000"}, root, b.layer(
 		users("default-user:x:1000:1000:Linux User,,,:/home/default-user:/bin/sh\n"),
 		images.File("etc/group", "root:x:0:\nwww-data:x:33:\ndefault-user:x:1000:\ngroup-defined-in-image:x:50000:default-user\n")))
-	for _, tag := range []string{"1:latest", "2:latest", "3:latest", "latest:latest", "digest:latest", "tag:test", "tag:all"} {
-		b.add(staging+"test-image-"+tag, sh, root, b.layer(images.File("name", tag)))
+	for _, tag := range []string{"1:latest", "2:latest", "3:latest", "latest:latest", "tag:test", "tag:all"} {
+		b.add(staging+"test-image-"+tag, cfg, root, b.layer(images.File("name", tag)))
 	}
+	b.add(byDigest, cfg, root, b.layer(images.File("name", "digest")))
 	same := b.layer(images.File("name", "tags"))
 	for _, tag := range []string{"1", "2", "3"} {
-		b.add(staging+"test-image-tags:"+tag, sh, root, same)
+		b.add(staging+"test-image-tags:"+tag, cfg, root, same)
 	}
 	b.add("pause:3.9", images.Config{Entrypoint: []string{"sleep", "1000000"}}, root)
 	return b.images, b.err
@@ -76,10 +85,43 @@ func hardlinked(entries []images.Entry) []images.Entry {
 	return entries
 }
 
-// shellSkipsFiles reports whether busybox's shell runs applets without looking
-// for their files, as Debian's does: masking /bin/ls does not keep it from ls.
-func shellSkipsFiles(ctx context.Context, busybox string) bool {
-	return exec.CommandContext(ctx, busybox, "sh", "-c", "PATH=/nowhere ls /").Run() == nil
+// shell puts the program at path, with the libraries it needs, in the place of
+// bin/sh. Debian's static busybox runs ls though /bin/ls is masked; the shell of
+// its dynamic one looks for the file.
+func shell(ctx context.Context, entries []images.Entry, path string) ([]images.Entry, error) {
+	out, err := exec.CommandContext(ctx, "ldd", path).CombinedOutput()
+	if err != nil {
+		return nil, fmt.Errorf("find the libraries of %s: ldd: %w: %s", path, err, out)
+	}
+	entries = slices.DeleteFunc(entries, func(e images.Entry) bool { return e.Name == "bin/sh" })
+	entries = append(entries, images.Executable("bin/sh", path))
+	for f := range strings.FieldsSeq(string(out)) {
+		if filepath.IsAbs(f) {
+			entries = append(entries, images.Executable(f[1:], f))
+		}
+	}
+	return entries, nil
+}
+
+// dynamicBusybox is Debian's busybox that is not static, from its package, which
+// cannot be installed beside the static one.
+func dynamicBusybox(ctx context.Context, dir string) (string, error) {
+	dir = filepath.Join(dir, "busybox")
+	out := filepath.Join(dir, "bin/busybox")
+	if _, err := os.Stat(out); err == nil {
+		return out, nil
+	}
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		return "", err
+	}
+	for _, line := range []string{"apt-get download -q busybox", "dpkg-deb --extract busybox_*.deb ."} {
+		cmd := exec.CommandContext(ctx, "sh", "-c", line)
+		cmd.Dir = dir
+		if text, err := cmd.CombinedOutput(); err != nil {
+			return "", fmt.Errorf("get Debian's busybox for the images' shell: %s: %w: %s", line, err, text)
+		}
+	}
+	return out, nil
 }
 
 // users is the passwd file that the suite's user tests go by.

@@ -10,6 +10,7 @@
 package main
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"flag"
@@ -17,7 +18,10 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"path"
 	"path/filepath"
+	"regexp"
+	"strings"
 
 	"github.com/nodeagent/nodeagent/test/e2e/node"
 	"github.com/nodeagent/nodeagent/test/images"
@@ -28,6 +32,7 @@ type options struct {
 	suite   string // the program critest
 	build   string // directory for what is compiled
 	busybox string // for the images
+	shell   string // likewise; "": from Debian's package
 	args    []string
 }
 
@@ -35,7 +40,8 @@ func main() {
 	var o options
 	flag.StringVar(&o.suite, "critest", "critest", "the suite's `program`")
 	flag.StringVar(&o.build, "build", "build/critest", "`directory` for what is compiled")
-	flag.StringVar(&o.busybox, "busybox", images.DefaultBusybox, "static `busybox` for the images; with Debian's, the spec that masks /bin/ls is left out")
+	flag.StringVar(&o.busybox, "busybox", images.DefaultBusybox, "static `busybox` for the images")
+	flag.StringVar(&o.shell, "shell", "", "a busybox whose `shell` heeds masked files, default Debian's dynamic one from its package")
 	flag.Parse()
 	o.args = flag.Args()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, unix.SIGTERM)
@@ -73,11 +79,12 @@ func run(ctx context.Context, o options) (err error) {
 	if err != nil {
 		return err
 	}
-	if shellSkipsFiles(ctx, o.busybox) {
-		fmt.Println("the shell of", o.busybox, "runs ls without its file: leaving out the spec MaskedPaths (test/e2e TestMaskedAndReadonlyPaths has it)")
-		o.args = append([]string{"-ginkgo.skip=runtime should support MaskedPaths|benchmark"}, o.args...)
+	if o.shell == "" {
+		if o.shell, err = dynamicBusybox(ctx, build); err != nil {
+			return err
+		}
 	}
-	all, err := suiteImages(ctx, o.busybox, applets)
+	all, err := suiteImages(ctx, o.busybox, o.shell, applets)
 	if err != nil {
 		return err
 	}
@@ -86,6 +93,9 @@ func run(ctx context.Context, o options) (err error) {
 		return err
 	}
 	defer server.Close()
+	if suite, err = withDigest(suite, work, all[byDigest].Manifest.Desc.Digest.String()); err != nil {
+		return err
+	}
 	binary, err := node.Binary()
 	if err != nil {
 		return err
@@ -106,4 +116,21 @@ func run(ctx context.Context, o options) (err error) {
 		return fmt.Errorf("the suite: %w; the daemon's log ends:\n%s", err, n.LogTail(20))
 	}
 	return nil
+}
+
+// withDigest copies the suite's program into dir with the digest of our image in
+// the place of the one original that it pulls by digest, which cannot be made
+// here. A program that names no such image is copied as it is.
+func withDigest(suite, dir, digest string) (string, error) {
+	program, err := os.ReadFile(suite)
+	if err != nil {
+		return "", fmt.Errorf("read the suite: %w", err)
+	}
+	original := regexp.MustCompile(regexp.QuoteMeta(path.Base(strings.TrimSuffix(byDigest, ":latest"))) + "@sha256:[0-9a-f]{64}")
+	program = original.ReplaceAllFunc(program, func(ref []byte) []byte {
+		fmt.Printf("%s is pulled as %s\n", ref, digest)
+		return append(bytes.Clone(ref[:bytes.IndexByte(ref, '@')+1]), digest...)
+	})
+	out := filepath.Join(dir, "critest")
+	return out, os.WriteFile(out, program, 0o755)
 }

@@ -157,11 +157,7 @@ func tryRun(t testing.TB, name, script string, res *runtimeapi.LinuxContainerRes
 		Metadata: &runtimeapi.PodSandboxMetadata{Name: name, Namespace: "guest", Uid: "uid-" + name}, LogDirectory: logDir,
 		Linux: &runtimeapi.LinuxPodSandboxConfig{CgroupParent: parent, SecurityContext: &runtimeapi.LinuxSandboxSecurityContext{NamespaceOptions: ns}},
 	}
-	cfg := &runtimeapi.ContainerConfig{
-		Metadata: &runtimeapi.ContainerMetadata{Name: "c"}, Image: &runtimeapi.ImageSpec{Image: image},
-		Command: []string{"sh", "-c", script}, LogPath: name + ".log",
-		Linux: &runtimeapi.LinuxContainerConfig{Resources: res, SecurityContext: &runtimeapi.LinuxContainerSecurityContext{NamespaceOptions: ns}},
-	}
+	cfg := p.container("c", script, res)
 	if change != nil {
 		change(cfg)
 	}
@@ -171,15 +167,44 @@ func tryRun(t testing.TB, name, script string, res *runtimeapi.LinuxContainerRes
 		return nil, fmt.Errorf("RunPodSandbox: %w", err)
 	}
 	p.id = made.PodSandboxId
+	return p, p.start(ctx, cfg)
+}
+
+// container is the configuration of one that runs script.
+func (p *pod) container(name, script string, res *runtimeapi.LinuxContainerResources) *runtimeapi.ContainerConfig {
+	return &runtimeapi.ContainerConfig{
+		Metadata: &runtimeapi.ContainerMetadata{Name: name}, Image: &runtimeapi.ImageSpec{Image: image},
+		Command: []string{"sh", "-c", script}, LogPath: filepath.Base(p.log),
+		Linux: &runtimeapi.LinuxContainerConfig{Resources: res, SecurityContext: &runtimeapi.LinuxContainerSecurityContext{
+			NamespaceOptions: p.config.Linux.SecurityContext.NamespaceOptions,
+		}},
+	}
+}
+
+// start makes a container in the pod's sandbox and starts it.
+func (p *pod) start(ctx context.Context, cfg *runtimeapi.ContainerConfig) error {
 	created, err := p.rt.CreateContainer(ctx, &runtimeapi.CreateContainerRequest{PodSandboxId: p.id, Config: cfg, SandboxConfig: p.config})
 	if err != nil {
-		return p, fmt.Errorf("CreateContainer: %w", err)
+		return fmt.Errorf("CreateContainer: %w", err)
 	}
 	p.ctr = created.ContainerId
 	if _, err := p.rt.StartContainer(ctx, &runtimeapi.StartContainerRequest{ContainerId: p.ctr}); err != nil {
-		return p, fmt.Errorf("StartContainer: %w", err)
+		return fmt.Errorf("StartContainer: %w", err)
 	}
-	return p, nil
+	return nil
+}
+
+// beside runs another container in the pod.
+func (p *pod) beside(t testing.TB, name, script string, res *runtimeapi.LinuxContainerResources) *pod {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	other := *p
+	other.log = p.log + "-" + name
+	if err := other.start(ctx, other.container(name, script, res)); err != nil {
+		t.Fatal(err)
+	}
+	return &other
 }
 
 func (p *pod) remove(t testing.TB) {

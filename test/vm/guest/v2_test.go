@@ -6,10 +6,13 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/nodeagent/nodeagent/test/e2e/node"
 )
 
 func TestV2Driver(t *testing.T) {
@@ -148,18 +151,73 @@ func TestV2Stats(t *testing.T) {
 	}
 }
 
+// TestV2OOM: systemd removes a container's scope as soon as the OOM killer has
+// taken its last process, often before the shim looks; it must be said anyway,
+// of that container and of no other one.
 func TestV2OOM(t *testing.T) {
 	service(t)
 	res := &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: 32 << 20}
-	eat := `x=$(head -c 60000000 /dev/zero | tr '\0' a); echo $x | wc -c`
-	p := run(t, "oom", eat, res, nil)
-	s := p.waitExit(t)
-	equal(t, "reason", s.Reason, "OOMKilled")
-	equal(t, "exit code", s.ExitCode, 137)
-	p.remove(t)
-	survivor := run(t, "survivor", "("+eat+"); exit 7", res, nil)
-	equal(t, "exit code of one whose child was killed", survivor.waitExit(t).ExitCode, 7)
-	survivor.remove(t)
+	// The shell that eats is the first process, or its only child.
+	const eat = `x=$(head -c 60000000 /dev/zero | tr '\0' a); echo $x | wc -c`
+	const gate = "until [ -e /go ]; do sleep 0.1; done; "
+	killed := func(t *testing.T, p *pod) {
+		t.Helper()
+		s := p.waitExit(t)
+		equal(t, "reason", s.Reason, "OOMKilled")
+		equal(t, "exit code", s.ExitCode, 137)
+	}
+	failed := func(t *testing.T, p *pod, code int32) {
+		t.Helper()
+		s := p.waitExit(t)
+		equal(t, "reason of one that just failed", s.Reason, "Error")
+		equal(t, "its exit code", s.ExitCode, code)
+	}
+	t.Run("Often", func(t *testing.T) {
+		p := run(t, "oom", "sleep 1000", nil, nil)
+		defer p.remove(t)
+		for i := range 20 {
+			killed(t, p.beside(t, fmt.Sprint("eater", i), eat, res))
+			t.Logf("%d of 20", i+1)
+		}
+		failed(t, p.beside(t, "fails", "exit 3", res), 3)
+	})
+	t.Run("Child", func(t *testing.T) {
+		p := run(t, "child", "("+eat+"); exit 7", res, nil)
+		defer p.remove(t)
+		equal(t, "exit code of one whose child was killed", p.waitExit(t).ExitCode, 7)
+	})
+	t.Run("Sibling", func(t *testing.T) {
+		p := run(t, "sibling", gate+"exit 3", res, nil)
+		defer p.remove(t)
+		killed(t, p.beside(t, "eater", eat, res))
+		p.sh(t, "touch /go")
+		failed(t, p, 3)
+	})
+	// Daemon, shim or both are new when it happens.
+	for name, kill := range map[string]func(){
+		"DaemonKilled": func() { command(t, "systemctl", "kill", "-s", "KILL", "--kill-whom=main", "nodeagent") },
+		"ShimKilled": func() {
+			for _, pid := range node.ProcessesNaming("nodeagent-shim serve") {
+				_ = syscall.Kill(pid, syscall.SIGKILL)
+			}
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := run(t, "restart", gate+eat, res, nil)
+			defer p.remove(t)
+			other := p.beside(t, "other", gate+"exit 3", res)
+			killed(t, p.beside(t, "eater", eat, res))
+			kill()
+			for _, q := range []*pod{p, other} {
+				eventually(t, "the container is told to go on", func() error {
+					_, err := q.rt.ExecSync(t.Context(), &runtimeapi.ExecSyncRequest{ContainerId: q.ctr, Cmd: []string{"touch", "/go"}, Timeout: 50})
+					return err
+				})
+			}
+			killed(t, p)
+			failed(t, other, 3)
+		})
+	}
 	equal(t, "the service", property(t, "ActiveState"), "active")
 }
 

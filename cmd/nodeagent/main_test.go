@@ -241,6 +241,24 @@ func TestTrim(t *testing.T) {
 	}
 }
 
+// After a burst it is trimmed at the next rest, after single calls now and then.
+func TestWorthTrimming(t *testing.T) {
+	for _, c := range []struct {
+		cpu, since time.Duration
+		want       bool
+	}{
+		{0, time.Hour, false},
+		{workCPU - 1, time.Hour, false},
+		{workCPU, trimPause - 1, false},
+		{workCPU, trimPause, true},
+		{burstCPU, time.Second, true},
+	} {
+		if got := worthTrimming(c.cpu, c.since); got != c.want {
+			t.Errorf("%v of CPU in %v: %v", c.cpu, c.since, got)
+		}
+	}
+}
+
 // filePages are the resident file mappings, in kB.
 func filePages(t *testing.T) (kb int) {
 	t.Helper()

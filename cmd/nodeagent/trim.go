@@ -20,8 +20,10 @@ const (
 	// restCPU is what it uses in a period at most when it is.
 	restCPU = 5 * time.Millisecond
 	// workCPU is what it must have used since the last time to do it again, and
-	// trimPause the time that must have passed.
+	// trimPause the time that must have passed unless it was burstCPU: to trim
+	// costs some 10 ms.
 	workCPU   = 10 * time.Millisecond
+	burstCPU  = 100 * time.Millisecond
 	trimPause = 15 * time.Second
 )
 
@@ -41,7 +43,7 @@ func (d *node) trimAtRest(ctx context.Context) error {
 		now := usedCPU()
 		resting := now-last < restCPU
 		last = now
-		if !resting || now-trimmed < workCPU || time.Since(when) < trimPause {
+		if !resting || !worthTrimming(now-trimmed, time.Since(when)) {
 			continue
 		}
 		if err := trim(); err != nil {
@@ -51,6 +53,11 @@ func (d *node) trimAtRest(ctx context.Context) error {
 		last = usedCPU()
 		trimmed, when = last, time.Now()
 	}
+}
+
+// worthTrimming says whether to trim after using cpu in the time since the last.
+func worthTrimming(cpu, since time.Duration) bool {
+	return cpu >= burstCPU || cpu >= workCPU && since >= trimPause
 }
 
 // usedCPU is that of this process, in user and kernel mode.

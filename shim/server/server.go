@@ -50,7 +50,7 @@ import (
 // quietTime without a start, exec or delete is when memory goes back to the
 // system: a start takes 2 MB for moments, and then often nothing happens for
 // hours.
-const quietTime = 3 * time.Second
+const quietTime = time.Second
 
 // Config says where the shim keeps its files.
 type Config struct {

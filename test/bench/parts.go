@@ -95,8 +95,9 @@ func (b *bench) ladderUp(ctx context.Context) error {
 
 const (
 	idleAt = 50
-	// settle is how long a runtime may tidy up before its memory is read.
-	settle = 2 * time.Second
+	// settle is how long a runtime may tidy up before its memory is read and
+	// its CPU at rest: the same for all.
+	settle = 5 * time.Second
 )
 
 func (b *bench) atTheEnd(context.Context) error {

@@ -20,6 +20,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/containerd/errdefs"
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	"golang.org/x/sys/unix"
@@ -470,6 +471,26 @@ node a yes`)
 		t.Errorf("uplinks are %v", st.Uplinks)
 	}
 	t.Logf("%+v", st.Counters)
+
+	// Other patterns, as a reload gives them: programs go off the NIC and come back.
+	if err := s.engine.SetUplinks(t.Context(), []string{"["}); !errdefs.IsInvalidArgument(err) {
+		t.Errorf("a bad pattern: %v", err)
+	}
+	must(t, s.engine.SetUplinks(t.Context(), []string{"none*"}))
+	st, err = s.engine.Status(t.Context())
+	must(t, err)
+	if len(st.Uplinks) != 0 {
+		t.Errorf("uplinks are %v", st.Uplinks)
+	}
+	must(t, s.engine.SetUplinks(t.Context(), []string{"ni?0"}))
+	st, err = s.engine.Status(t.Context())
+	must(t, err)
+	if len(st.Uplinks) != 1 {
+		t.Errorf("uplinks are %v", st.Uplinks)
+	}
+	s.table("denied still", `
+x a no
+a x no`)
 }
 
 // TestRevocation: a connection that was allowed ends when it is no longer, in

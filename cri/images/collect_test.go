@@ -11,6 +11,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/containerd/errdefs"
 
@@ -176,6 +177,28 @@ func TestPinned(t *testing.T) {
 		if set.match(name) != want {
 			t.Errorf("%s: pinned is %v", name, !want)
 		}
+	}
+}
+
+// TestConfigure: settings change while the store is open; bad ones change nothing.
+func TestConfigure(t *testing.T) {
+	f := setup(t)
+	img := f.pull(f.push("keep:v1", big(t, 1, 100)))
+	pinned := func() bool {
+		got, err := f.store.Get(t.Context(), img.ID)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return got.Pinned
+	}
+	if pinned() {
+		t.Error("pinned from the beginning")
+	}
+	if err := f.store.Configure(Settings{Pinned: []string{"*/keep:*"}}); err != nil || !pinned() {
+		t.Errorf("not pinned after: %v", err)
+	}
+	if s := f.store.live.Load(); s.MaxParallelDownloads != 3 || s.ProgressTimeout != time.Minute {
+		t.Errorf("defaults are %+v", s)
 	}
 }
 

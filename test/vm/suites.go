@@ -67,7 +67,7 @@ func endToEnd(name, driver, run string, seconds int) step {
 func suites() []testSuite {
 	return []testSuite{
 		{"smoke", 1, []step{guest("smoke", "^TestSmoke$", 600)}},
-		{"service", 1, []step{guest(upgradeStep, "^TestService", 1800)}},
+		{"service", 1, []step{guest(upgradeStep, "^TestService", 2400)}},
 		{"v2", 1, []step{guest("cgroup v2 through the service", "^TestV2", 1200)}},
 		{"reboot", 1, []step{
 			guest("before the reboot", "^TestBeforeReboot$", 300),
@@ -83,7 +83,7 @@ func suites() []testSuite {
 			{"policy between network namespaces", 1800, &goTest{pkg: "ebpf", run: ".", flags: "-test.short"}},
 		}},
 		{"purge", 1, []step{guest("removal and purge", "^TestPurge$", 600)}},
-		{"nodes", 2, []step{guest("two hosts, network and policy", "^TestNodes$", 1200)}},
+		{"nodes", 2, []step{guest("two hosts, network and policy", "^TestNodes$", 2400)}},
 	}
 }
 

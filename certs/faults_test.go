@@ -359,6 +359,31 @@ func TestTampered(t *testing.T) {
 	}
 }
 
+// TestKubeconfigGone: written again; one that cannot be read costs nothing while
+// the bootstrap kubeconfig names the server.
+func TestKubeconfigGone(t *testing.T) {
+	t.Parallel()
+	s := newSetup(t)
+	s.run(t)
+	s.untilHeld(t, "client")
+	want, err := os.ReadFile(s.cfg.Kubeconfig)
+	if err != nil {
+		t.Fatal(err)
+	}
+	os.Remove(s.cfg.Kubeconfig)
+	until(t, "kubeconfig", func() bool {
+		got, err := os.ReadFile(s.cfg.Kubeconfig)
+		return err == nil && string(got) == string(want)
+	})
+	mustWrite(t, s.cfg.Kubeconfig, []byte("{nonsense"))
+	if err := s.manager.Renew(t.Context()); err != nil {
+		t.Error(err)
+	}
+	if st := s.status("client"); st.Renewals != 2 {
+		t.Errorf("%+v", st)
+	}
+}
+
 // TestHandOver: a pair that a kubelet puts there is used from then on.
 func TestHandOver(t *testing.T) {
 	t.Parallel()
@@ -483,7 +508,7 @@ func TestConditionAndEvent(t *testing.T) {
 	s := newSetup(t)
 	s.node = &corev1.Node{}
 	s.node.APIVersion, s.node.Kind, s.node.Name = "v1", "Node", testNode
-	s.life = 20 * time.Second
+	s.life = 40 * time.Second
 	s.run(t)
 	s.untilHeld(t, "client")
 	condition := func() (c corev1.NodeCondition) {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"time"
 
 	"k8s.io/client-go/rest"
@@ -74,6 +75,9 @@ func writeKubeconfig(path string, cluster *rest.Config, pairPath string) error {
 	}
 	if old, err := os.ReadFile(path); err == nil && string(old) == string(data) {
 		return nil
+	}
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+		return fmt.Errorf("make directory for the kubeconfig: %w", err)
 	}
 	return writeFile(path, data)
 }

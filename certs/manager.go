@@ -8,6 +8,7 @@ import (
 	"log/slog"
 	"net"
 	"net/http"
+	"os"
 	"slices"
 	"strings"
 	"sync"
@@ -56,6 +57,7 @@ type Manager struct {
 
 	mu    sync.Mutex
 	names *Names // guarded by mu; nil: not known yet
+	told  string // guarded by mu; the last trouble with kubeconfigs
 }
 
 // New checks cfg; it reads no file and starts nothing.
@@ -238,8 +240,7 @@ func (m *Manager) clientChanged() {
 	m.news()
 }
 
-// useNewest gives the transport the certificate in use and the cluster of the
-// kubeconfig, or of the bootstrap kubeconfig before there is one.
+// useNewest gives the transport the certificate in use and the cluster of now.
 func (m *Manager) useNewest() {
 	p := m.client.held.Load()
 	if p == nil {
@@ -249,22 +250,39 @@ func (m *Manager) useNewest() {
 	if err == nil {
 		err = m.wire.use(p, cluster)
 	}
-	if err != nil {
-		m.cfg.Log.Error("the client certificate cannot be used", "err", err)
-	}
+	m.tellOnce(err)
 }
 
+// cluster is that of the kubeconfig, or of the bootstrap kubeconfig while the
+// other cannot be used.
 func (m *Manager) cluster() (*rest.Config, error) {
 	cfg, err := loadKubeconfig(m.cfg.Kubeconfig)
-	if missing(err) {
-		if boot, bootErr := loadKubeconfig(m.cfg.BootstrapKubeconfig); bootErr == nil {
-			return boot, nil
-		}
+	if err == nil {
+		return cfg, nil
 	}
-	return cfg, err
+	if boot, bootErr := loadKubeconfig(m.cfg.BootstrapKubeconfig); bootErr == nil {
+		return boot, nil
+	}
+	return nil, err
 }
 
-// followCluster notices when the kubeconfig names another server or CA.
+// tellOnce logs an error when it is another than the last time.
+func (m *Manager) tellOnce(err error) {
+	now := ""
+	if err != nil {
+		now = err.Error()
+	}
+	m.mu.Lock()
+	before := m.told
+	m.told = now
+	m.mu.Unlock()
+	if now != "" && now != before {
+		m.cfg.Log.Error("the client certificate cannot be used for want of a kubeconfig: put it right, or the bootstrap kubeconfig", "err", now)
+	}
+}
+
+// followCluster notices when the kubeconfig names another server or CA, and
+// writes it again when it is gone.
 func (m *Manager) followCluster(ctx context.Context) {
 	tick := time.NewTicker(lookAgain)
 	defer tick.Stop()
@@ -273,7 +291,14 @@ func (m *Manager) followCluster(ctx context.Context) {
 		case <-ctx.Done():
 			return
 		case <-tick.C:
-			m.useNewest()
+		}
+		m.useNewest()
+		cluster := m.wire.cluster()
+		if _, err := os.Lstat(m.cfg.Kubeconfig); !missing(err) || cluster == nil {
+			continue
+		}
+		if err := writeKubeconfig(m.cfg.Kubeconfig, cluster, m.client.store.current()); err != nil {
+			m.tellOnce(explainWrite(err, m.cfg.Kubeconfig))
 		}
 	}
 }

@@ -46,9 +46,8 @@ func (m *Manager) followAddresses(ctx context.Context) {
 // The calls show as well whether the API server still accepts the certificate.
 func (m *Manager) followNode(ctx context.Context, set func(Names)) error {
 	for ; ctx.Err() == nil; pause(ctx, nodePause) {
-		p := m.client.held.Load()
-		if p == nil || p.expired(m.cfg.Now()) {
-			continue
+		for m.clientFirst() != "" && ctx.Err() == nil {
+			pause(ctx, time.Second)
 		}
 		node, err := m.api.node(ctx, m.cfg.NodeName)
 		switch {
@@ -115,13 +114,16 @@ type health struct {
 	reason, message string
 }
 
-// assess looks at certificates that should have been renewed by now: half of
-// the time between the renewal and the end has passed.
+// lateAt is when a certificate that is still not renewed is worth telling of: a
+// quarter of the time between its renewal and its end has passed.
+func lateAt(s Status) time.Time { return s.Renewal.Add(s.NotAfter.Sub(*s.Renewal) / 4) }
+
+// assess looks for certificates that should have been renewed by now.
 func assess(now time.Time, all []Status) health {
 	h := health{reason: "CertificatesRenewed", message: "no certificate is about to expire"}
 	var told []string
 	for _, s := range all {
-		if s.NotAfter == nil || now.Before(s.Renewal.Add(s.NotAfter.Sub(*s.Renewal)/2)) {
+		if s.NotAfter == nil || now.Before(lateAt(s)) {
 			continue
 		}
 		h.expiring = true
@@ -170,13 +172,29 @@ func (m *Manager) report(ctx context.Context) {
 				m.cfg.Log.Debug("the Node's condition is not written", "err", err)
 			}
 		}
+		pause(ctx, time.Second) // changes come in swarms
+		timer := time.NewTimer(nextReport(m.cfg.Now(), m.Status()))
 		select {
+		case <-ctx.Done():
 		case <-m.changed:
-			pause(ctx, time.Second) // changes come in swarms
-		default:
-			pause(ctx, reportPause)
+		case <-timer.C:
+		}
+		timer.Stop()
+	}
+}
+
+// nextReport is when to look again while nothing happens.
+func nextReport(now time.Time, all []Status) time.Duration {
+	d := reportPause
+	for _, s := range all {
+		if s.NotAfter == nil {
+			continue
+		}
+		if late := lateAt(s).Sub(now); late > 0 {
+			d = min(d, late)
 		}
 	}
+	return d
 }
 
 // due says whether there is something to tell.

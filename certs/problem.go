@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"syscall"
 	"time"
 
@@ -64,6 +65,7 @@ func explain(err error, doing, kubeconfig string) *Problem {
 	var invalid x509.CertificateInvalidError
 	var unknown x509.UnknownAuthorityError
 	var host x509.HostnameError
+	var dns *net.DNSError
 	wrapped := fmt.Errorf("%s: %w", doing, err)
 	as := func(r Reason, advice string) *Problem { return &Problem{r, wrapped, advice} }
 	switch {
@@ -77,6 +79,8 @@ func explain(err error, doing, kubeconfig string) *Problem {
 		return as(CredentialRefused, "the API server does not accept the credential; a bootstrap token may have expired (kubeadm token create), or the CA of client certificates was rotated")
 	case apierrors.IsForbidden(err):
 		return as(Forbidden, "bind the ClusterRole system:node-bootstrapper to the bootstrap credential's group; a node may ask only for itself")
+	case errors.As(err, &dns):
+		return as(ServerUnreachable, "the name in "+kubeconfig+" cannot be resolved on this node")
 	case errors.Is(err, syscall.ECONNREFUSED), errors.Is(err, syscall.EHOSTUNREACH), errors.Is(err, syscall.ENETUNREACH),
 		errors.Is(err, context.DeadlineExceeded), apierrors.IsServerTimeout(err), apierrors.IsServiceUnavailable(err):
 		return as(ServerUnreachable, "it is tried again; see whether the API server runs at the address in "+kubeconfig)

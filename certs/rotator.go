@@ -180,7 +180,11 @@ func (r *rotator) save(p *Pair) {
 // renew asks for a new certificate and takes it into use. It gives up when
 // something else is wanted by now, or a good pair has come another way.
 func (r *rotator) renew(ctx context.Context) {
-	w := *r.want()
+	wanted := r.want()
+	if wanted == nil {
+		return // the addresses have gone since
+	}
+	w := *wanted
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
 	type outcome struct {

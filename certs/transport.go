@@ -149,6 +149,16 @@ func (t *rotatingTransport) server() string {
 	return t.base.String()
 }
 
+// cluster is where requests go, nil before there is a certificate.
+func (t *rotatingTransport) cluster() *rest.Config {
+	t.mu.RLock()
+	defer t.mu.RUnlock()
+	if t.now == nil {
+		return nil
+	}
+	return t.now.cluster
+}
+
 // close ends connections that no request uses.
 func (t *rotatingTransport) close() {
 	t.mu.RLock()

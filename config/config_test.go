@@ -75,8 +75,14 @@ func TestFaults(t *testing.T) {
 		"small v6 mtu":      {head + "network: {mtu: 1000}\n", `f: line 3: network.mtu: 1000 is not 0 or from 1280 (IPv6 needs it) to 65535`},
 		"nested dirs":       {head + "root: /srv/n\nstate: /srv/n/run\n", `f: line 4: state: "/srv/n/run" and root "/srv/n" lie in one another; one survives a reboot, the other must not`},
 		"long socket":       {head + "cri: {socket: /" + strings.Repeat("s", 120) + "}\n", `f: line 3: cri.socket: is 121 bytes long, the kernel takes 107`},
-		"no yaml":           {head + "cri: [\n", "f: line 3: not YAML: did not find expected node content"},
-		"two documents":     {head + "---\n" + head, "f: line 3: a second YAML document; the file holds one"},
+		"node": {head + "node:\n  mode: on\n  name: N1\n  addresses: [0.0.0.0]\n  listen: \"10250\"\n  certDir: pki\n", `f: 5 faults
+  line 4: node.mode: "on" is not allowed; did you mean "off"?; allowed: off, certificates
+  line 5: node.name: "N1" is not a name of a Node: lower-case letters, digits, '-' and '.', 253 bytes at most
+  line 6: node.addresses[0]: 0.0.0.0 is no address that others reach a node at
+  line 7: node.listen: "10250" is not host:port
+  line 8: node.certDir: "pki" is not an absolute path`},
+		"no yaml":       {head + "cri: [\n", "f: line 3: not YAML: did not find expected node content"},
+		"two documents": {head + "---\n" + head, "f: line 3: a second YAML document; the file holds one"},
 	}
 	for name, tt := range tests {
 		t.Run(name, func(t *testing.T) {

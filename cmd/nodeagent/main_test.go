@@ -84,6 +84,8 @@ func TestErrorsSayWhatToDo(t *testing.T) {
 		{[]string{"image", "ls", "--config", path}, `no daemon answers on ` + c.CRI.Socket + `: start it with "nodeagent run", or name its configuration with --config`},
 		{[]string{"image", "pull", "x", "--config", path}, `no daemon answers on ` + c.AdminSocket() + `: start it with "nodeagent run", or name its configuration with --config`},
 		{[]string{"image", "pull", "x", "--creds", "me", "--config", path}, `--creds is not user:password`},
+		{[]string{"cert", "status", "--config", path}, `certificates are not kept here: set node.mode: certificates in the configuration and restart the daemon`},
+		{[]string{"cert", "status", "-o", "xml", "--config", path}, `--output "xml" is not one of table, json`},
 		{[]string{"version", "-o", "xml"}, `--output "xml" is not one of text, json`},
 		{[]string{"version", "--ouput", "json"}, `unknown flag: --ouput; see "nodeagent version --help"`},
 		{[]string{"config", "validate", "/absent"}, `read configuration: stat /absent: no such file or directory`},

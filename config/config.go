@@ -108,6 +108,7 @@ type Policy struct {
 	ServiceCIDRs    []netip.Prefix `yaml:"serviceCIDRs" doc:"Ranges of service addresses. Egress to them is judged by the pod that the connection is translated to."`
 	AuditNamespaces []string       `yaml:"auditNamespaces" doc:"Namespaces whose pods' packets are judged and told of, but not dropped."`
 	KeepEstablished bool           `yaml:"keepEstablished" doc:"Connections go on when a policy no longer allows them. Otherwise they are cut at once."`
+	XDP             string         `yaml:"xdp" allowed:"off,auto,native,generic" doc:"Where NICs drop early what policy denies to come in. auto: in the driver where it can, else generic, on no veth. native, generic: so, on each NIC."`
 	Strict          bool           `yaml:"strict" doc:"A TCP answer needs an entry in conntrack; otherwise the right to open the connection is enough."`
 }
 
@@ -174,6 +175,7 @@ func defaults() Config {
 			Uplinks:         []string{},
 			ServiceCIDRs:    []netip.Prefix{},
 			AuditNamespaces: []string{},
+			XDP:             "off",
 		},
 		Node: Node{
 			Mode:                "off",

@@ -34,7 +34,7 @@ func newPolicy(cfg config.Config, log *slog.Logger) (*ebpf.Engine, error) {
 	return ebpf.New(ebpf.Config{
 		BPFFS: p.BPFFS, Name: name, Uplinks: uplinkPatterns(cfg), Services: p.ServiceCIDRs, Audit: p.AuditNamespaces,
 		Source:   policySource(p, log),
-		Datapath: datapath.Config{Strict: p.Strict, KeepEstablished: p.KeepEstablished},
+		Datapath: datapath.Config{Strict: p.Strict, KeepEstablished: p.KeepEstablished, XDP: p.XDP},
 		Log:      log,
 	})
 }

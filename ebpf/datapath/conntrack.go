@@ -206,9 +206,7 @@ func (d *Datapath) drop(keys []byte, n int, mode uint32) error {
 func (d *Datapath) inherit() error {
 	var errs []error
 	for _, dir := range d.others() {
-		errs = append(errs,
-			inherit[oldKey4](d.objs.Ct4, filepath.Join(dir, "ct", "ct4")),
-			inherit[oldKey6](d.objs.Ct6, filepath.Join(dir, "ct", "ct6")))
+		errs = append(errs, inherit(d.objs.Ct4, filepath.Join(dir, "ct", "ct4")), inherit(d.objs.Ct6, filepath.Join(dir, "ct", "ct6")))
 	}
 	return errors.Join(errs...)
 }
@@ -236,10 +234,11 @@ func (k oldKey6) now() any {
 	return ctKey6{k.Ifindex<<8 | k.Proto&0xff, k.Local, k.Remote, k.LPort, k.RPort}
 }
 
-func inherit[K interface {
-	oldKey4 | oldKey6
-	now() any
-}](to *ciliumebpf.Map, path string) error {
+func (k ctKey4) now() any { return k }
+func (k ctKey6) now() any { return k }
+
+// inherit copies the flows of another map, of this layout or of v1.
+func inherit(to *ciliumebpf.Map, path string) error {
 	from, err := ciliumebpf.LoadPinnedMap(path, nil)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil
@@ -248,11 +247,22 @@ func inherit[K interface {
 		return fmt.Errorf("open conntrack of an earlier version: %w", err)
 	}
 	defer from.Close()
-	var k K
-	if size := binary.Size(k); int(from.KeySize()) != size || from.ValueSize() != 8 {
-		return fmt.Errorf("conntrack of an earlier version, %s: %d bytes and %d, this version knows %d and 8: %w",
-			path, from.KeySize(), from.ValueSize(), size, errors.ErrUnsupported)
+	if from.ValueSize() == 8 {
+		switch int(from.KeySize()) {
+		case binary.Size(ctKey4{}):
+			return copyFlows[ctKey4](to, from)
+		case binary.Size(ctKey6{}):
+			return copyFlows[ctKey6](to, from)
+		case binary.Size(oldKey4{}):
+			return copyFlows[oldKey4](to, from)
+		case binary.Size(oldKey6{}):
+			return copyFlows[oldKey6](to, from)
+		}
 	}
+	return fmt.Errorf("conntrack %s has keys of %d bytes and values of %d, unknown to this version: %w", path, from.KeySize(), from.ValueSize(), errors.ErrUnsupported)
+}
+
+func copyFlows[K interface{ now() any }](to, from *ciliumebpf.Map) error {
 	var cursor ciliumebpf.MapBatchCursor
 	keys, values := make([]K, collectBatch), make([]ctValue, collectBatch)
 	for {

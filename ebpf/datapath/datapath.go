@@ -42,7 +42,7 @@ type Config struct {
 	// Events is how many events a second each CPU tells for each reason. 100;
 	// negative: none.
 	Events int
-	// XDP says where NICs drop early: "" nowhere; "auto" with the driver's help
+	// XDP says where NICs drop early: "off" nowhere; "auto" with the driver's help
 	// where it has it, else generic, and never on a veth (native XDP there costs
 	// three quarters of TCP's throughput); "native" or "generic": so on each.
 	XDP string
@@ -55,6 +55,7 @@ func (c *Config) defaults() {
 	c.Peers = cmp.Or(c.Peers, 131072)
 	c.RowBlocks = cmp.Or(c.RowBlocks, 32768)
 	c.Events = cmp.Or(c.Events, 100)
+	c.XDP = cmp.Or(c.XDP, "off")
 	if c.Log == nil {
 		c.Log = slog.New(slog.DiscardHandler)
 	}
@@ -107,8 +108,8 @@ type endpoint struct {
 // Open loads the programs and makes empty tables.
 func Open(cfg Config) (*Datapath, error) {
 	cfg.defaults()
-	if !slices.Contains([]string{"", "auto", "native", "generic"}, cfg.XDP) {
-		return nil, fmt.Errorf("XDP %q: want auto, native, generic or nothing", cfg.XDP)
+	if !slices.Contains([]string{"off", "auto", "native", "generic"}, cfg.XDP) {
+		return nil, fmt.Errorf("XDP %q: want off, auto, native or generic", cfg.XDP)
 	}
 	d := &Datapath{
 		cfg: cfg, eps: map[uint32]*endpoint{}, slab: slab{[]gap{{0, cfg.RowBlocks}}},
@@ -213,8 +214,8 @@ func diff(got float64, hz uint32) float64 {
 	return max(got, float64(hz)) / max(1, min(got, float64(hz)))
 }
 
-// pinnedConntrack opens the flows that an earlier process knew, if their layout
-// and size are still ours.
+// pinnedConntrack opens the flows that an earlier process knew, if their size is
+// still ours; else they are put aside, to be copied.
 func (d *Datapath) pinnedConntrack(spec *ciliumebpf.CollectionSpec) (map[string]*ciliumebpf.Map, error) {
 	out := map[string]*ciliumebpf.Map{}
 	if d.cfg.Dir == "" {
@@ -234,9 +235,14 @@ func (d *Datapath) pinnedConntrack(spec *ciliumebpf.CollectionSpec) (map[string]
 			}
 			m.Close()
 		}
-		d.cfg.Log.Warn("conntrack of an earlier process is not taken over", "path", path, "err", err)
-		if err := os.Remove(path); err != nil {
-			return out, fmt.Errorf("remove old conntrack: %w", err)
+		d.cfg.Log.Info("conntrack of an earlier process is copied", "path", path, "why", err)
+		aside := filepath.Join(d.cfg.Dir, layout+"-before", "ct") // as if of another layout
+		if err := os.MkdirAll(aside, 0o700); err != nil {
+			return out, fmt.Errorf("make folder for pins: %w", err)
+		}
+		_ = os.Remove(filepath.Join(aside, name)) // bpffs does not rename over a file
+		if err := os.Rename(path, filepath.Join(aside, name)); err != nil {
+			return out, fmt.Errorf("put old conntrack aside: %w", err)
 		}
 	}
 	return out, nil

@@ -302,7 +302,7 @@ func TestXDP(t *testing.T) {
 		}
 		return d, a
 	}
-	for _, mode := range []string{"", "auto"} {
+	for _, mode := range []string{"off", "auto"} {
 		d, a := next(mode)
 		if _, on := attached(); on {
 			t.Errorf("XDP %q is on a veth", mode)
@@ -378,6 +378,6 @@ func TestXDP(t *testing.T) {
 	}
 	until(t, "XDP is gone", func() bool { _, on := attached(); return !on })
 	next("generic")
-	next("")
+	next("off")
 	until(t, "XDP that is no longer wanted is gone", func() bool { _, on := attached(); return !on })
 }

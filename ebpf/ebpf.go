@@ -21,6 +21,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"math/rand/v2"
 	"net/netip"
 	"path/filepath"
 	"slices"
@@ -74,9 +75,8 @@ type Pod struct {
 // Engine enforces.
 type Engine struct {
 	cfg    Config
-	calls  chan call
-	sample chan flows.Event // for the self-check
-	ended  chan struct{}
+	calls chan call
+	ended chan struct{}
 
 	mu          sync.Mutex // guards what follows
 	subscribers map[chan Flow]bool
@@ -84,6 +84,8 @@ type Engine struct {
 	lost        uint64                    // flows not told: a subscriber was slow
 	recent      []Flow                    // a ring when it is full
 	told        int                       // flows that came
+	drawn       flows.Event               // one of the checkable flows since the last check
+	drawnOf     int                       // of so many
 
 	enforced *prometheus.HistogramVec // by what changed, in seconds
 
@@ -125,7 +127,7 @@ func New(cfg Config) (*Engine, error) {
 	}
 	cfg.Datapath.Log = cfg.Log
 	return &Engine{
-		cfg: cfg, calls: make(chan call), sample: make(chan flows.Event, 1), ended: make(chan struct{}),
+		cfg: cfg, calls: make(chan call), ended: make(chan struct{}),
 		subscribers: map[chan Flow]bool{}, names: map[uint32]objects.PodKey{}, enforced: newEnforced(),
 	}, nil
 }
@@ -202,7 +204,7 @@ func (e *Engine) loop(ctx context.Context, s *state, failed <-chan error) error 
 		case <-tick.C:
 			s.settle()
 			s.collect()
-			s.selfCheck(e.sample)
+			s.selfCheck(e.draw)
 			continue
 		case c := <-e.calls:
 			batch = append(batch, c)
@@ -411,14 +413,13 @@ func (e *Engine) Subscribe(ctx context.Context) <-chan Flow {
 }
 
 func (e *Engine) tell(ev flows.Event) {
-	if checkable(&ev) {
-		select {
-		case e.sample <- ev:
-		default:
-		}
-	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
+	if checkable(&ev) { // each with the same chance, not always the first of a second
+		if e.drawnOf++; rand.N(e.drawnOf) == 0 {
+			e.drawn = ev
+		}
+	}
 	f := Flow{ev, e.names[ev.Endpoint], wall(ev.Time)}
 	if len(e.recent) < remembered {
 		e.recent = append(e.recent, f)
@@ -433,6 +434,15 @@ func (e *Engine) tell(ev flows.Event) {
 			e.lost++
 		}
 	}
+}
+
+// draw returns one of the flows that came since the last call; false: none.
+func (e *Engine) draw() (flows.Event, bool) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	any := e.drawnOf > 0
+	e.drawnOf = 0
+	return e.drawn, any
 }
 
 // wall is the time of day at a time of the monotonic clock.

@@ -23,6 +23,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
+	"golang.org/x/net/ipv6"
 	"golang.org/x/sys/unix"
 	networking "k8s.io/api/networking/v1"
 	meta "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -259,14 +260,18 @@ func (s *site) serve(p *place) {
 		u, err := net.ListenPacket("udp", fmt.Sprintf(":%d", port))
 		must(s.t, err)
 		go func() {
+			pc := ipv6.NewPacketConn(u) // answers from the address that was asked
+			if err := pc.SetControlMessage(ipv6.FlagDst, true); err != nil {
+				panic(err)
+			}
 			b := make([]byte, 65536)
 			for {
-				n, from, err := u.ReadFrom(b)
+				n, cm, from, err := pc.ReadFrom(b)
 				if err != nil {
 					return
 				}
 				p.hits.Add(1)
-				_, _ = u.WriteTo(b[:n], from)
+				_, _ = pc.WriteTo(b[:n], &ipv6.ControlMessage{Src: cm.Dst}, from)
 			}
 		}()
 	}

@@ -204,59 +204,47 @@ func (b *bench) judge(t testing.TB, p lab.Probe) (n int, bad string) {
 	return n, ""
 }
 
-// shrink drops policies, rules and pods for as long as the probe still fails.
+// shrink makes a fixture of the smallest cluster on which the probe still fails.
 func (b *bench) shrink(t testing.TB, p lab.Probe) string {
-	try := func(cl *objects.Cluster) bool {
-		old := b.cl
+	bad := ""
+	small := lab.Shrink(b.cl, b.w.Local, func(cl *objects.Cluster) bool {
 		b.cl = cl
 		b.update(t)
-		if _, bad := b.judge(t, p); bad != "" {
-			return true
+		_, bad = b.judge(t, p)
+		return bad != ""
+	})
+	b.cl = small
+	b.update(t)
+	_, bad = b.judge(t, p)
+	path, err := lab.Case{
+		Why: bad, Cluster: *small, Local: b.w.Local, Probe: p, Allowed: reference.JudgePod(small, p.Dir, &small.Pods[p.Pod], p.Peer, p.Proto, p.Port).Allowed,
+	}.Write("../lab/testdata")
+	return fmt.Sprintf("%s\n%s %v", bad, path, err)
+}
+
+// TestFixtures: what was judged wrongly once is judged rightly by the loaded
+// programs.
+func TestFixtures(t *testing.T) {
+	ifs := inNamespace(t, 4)
+	d := open(t, Config{Conntrack: 1024})
+	cases, err := lab.Cases("../lab/testdata")
+	if err != nil || len(cases) == 0 {
+		t.Fatalf("%d fixtures: %v", len(cases), err)
+	}
+	for name, c := range cases {
+		b := &bench{d: d, c: policy.New(policy.Limits{}), w: &lab.World{R: rand.New(rand.NewPCG(1, 1)), Local: c.Local}, cl: &c.Cluster, ifs: ifs}
+		for i := range c.Local {
+			if err := d.Insert(uint32(i), int(ifs[i]), lab.PodIPs(i)); err != nil {
+				t.Fatal(err)
+			}
+			b.c.SetEndpoint(uint32(i), c.Cluster.Pods[i].PodKey, lab.PodIPs(i), false)
 		}
-		b.cl = old
 		b.update(t)
-		return false
-	}
-	for again := true; again; {
-		again = false
-		for i := len(b.cl.Policies) - 1; i >= 0; i-- {
-			cl := *b.cl
-			cl.Policies = slices.Delete(slices.Clone(cl.Policies), i, i+1)
-			again = try(&cl) || again
+		if _, bad := b.judge(t, c.Probe); bad != "" {
+			t.Errorf("%s (%s): %s", name, c.Why, bad)
 		}
-		for i := len(b.cl.Pods) - 1; i >= b.w.Local; i-- {
-			cl := *b.cl
-			cl.Pods = slices.Delete(slices.Clone(cl.Pods), i, i+1)
-			again = try(&cl) || again
-		}
-		for i := range b.cl.Policies {
-			for k := range b.cl.Policies[i].Spec.Ingress {
-				cl, np := *b.cl, b.cl.Policies[i].DeepCopy()
-				np.Spec.Ingress = slices.Delete(np.Spec.Ingress, k, k+1)
-				cl.Policies = slices.Clone(cl.Policies)
-				cl.Policies[i] = np
-				if try(&cl) {
-					again = true
-					break
-				}
-			}
-			for k := range b.cl.Policies[i].Spec.Egress {
-				cl, np := *b.cl, b.cl.Policies[i].DeepCopy()
-				np.Spec.Egress = slices.Delete(np.Spec.Egress, k, k+1)
-				cl.Policies = slices.Clone(cl.Policies)
-				cl.Policies[i] = np
-				if try(&cl) {
-					again = true
-					break
-				}
-			}
-		}
+		b.clear(t)
 	}
-	_, bad := b.judge(t, p)
-	for _, np := range b.cl.Policies {
-		bad += fmt.Sprintf("\npolicy %s/%s %+v", np.Namespace, np.Name, np.Spec)
-	}
-	return bad
 }
 
 // TestDifferential judges random worlds, as they change, by the loaded

@@ -23,6 +23,7 @@ import (
 	"github.com/containerd/errdefs"
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
+	"golang.org/x/net/ipv4"
 	"golang.org/x/net/ipv6"
 	"golang.org/x/sys/unix"
 	networking "k8s.io/api/networking/v1"
@@ -257,23 +258,41 @@ func (s *site) serve(p *place) {
 				go func() { _, _ = io.Copy(c, c); c.Close() }()
 			}
 		}()
-		u, err := net.ListenPacket("udp", fmt.Sprintf(":%d", port))
-		must(s.t, err)
-		go func() {
-			pc := ipv6.NewPacketConn(u) // answers from the address that was asked
-			if err := pc.SetControlMessage(ipv6.FlagDst, true); err != nil {
-				panic(err)
+		for _, network := range []string{"udp4", "udp6"} {
+			u, err := net.ListenPacket(network, fmt.Sprintf(":%d", port))
+			must(s.t, err)
+			go p.echo(u.(*net.UDPConn), network == "udp6")
+		}
+	}
+}
+
+// echo answers datagrams from the address that was asked.
+func (p *place) echo(u *net.UDPConn, six bool) {
+	b, oob := make([]byte, 65536), make([]byte, 256)
+	if six {
+		_ = ipv6.NewPacketConn(u).SetControlMessage(ipv6.FlagDst, true)
+	} else {
+		_ = ipv4.NewPacketConn(u).SetControlMessage(ipv4.FlagDst, true)
+	}
+	for {
+		n, on, _, from, err := u.ReadMsgUDP(b, oob)
+		if err != nil {
+			return
+		}
+		p.hits.Add(1)
+		var src []byte
+		if six {
+			var cm ipv6.ControlMessage
+			if cm.Parse(oob[:on]) == nil {
+				src = (&ipv6.ControlMessage{Src: cm.Dst}).Marshal()
 			}
-			b := make([]byte, 65536)
-			for {
-				n, cm, from, err := pc.ReadFrom(b)
-				if err != nil {
-					return
-				}
-				p.hits.Add(1)
-				_, _ = pc.WriteTo(b[:n], &ipv6.ControlMessage{Src: cm.Dst}, from)
+		} else {
+			var cm ipv4.ControlMessage
+			if cm.Parse(oob[:on]) == nil {
+				src = (&ipv4.ControlMessage{Src: cm.Dst}).Marshal()
 			}
-		}()
+		}
+		_, _, _ = u.WriteMsgUDP(b[:n], src, from)
 	}
 }
 

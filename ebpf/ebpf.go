@@ -74,7 +74,7 @@ type Pod struct {
 
 // Engine enforces.
 type Engine struct {
-	cfg    Config
+	cfg   Config
 	calls chan call
 	ended chan struct{}
 

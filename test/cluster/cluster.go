@@ -115,7 +115,7 @@ func (c *Cluster) Restart(t testing.TB) {
 func (c *Cluster) PID() int { return c.cmd.Process.Pid }
 
 func start(cfg Config) (*Cluster, error) {
-	binary, err := find()
+	binary, err := Binary()
 	if err != nil {
 		return nil, err
 	}
@@ -158,9 +158,9 @@ func (cfg Config) args() []string {
 	return args
 }
 
-// find returns $CONTROLPLANE, or bin/controlplane at the top of the repository
+// Binary returns $CONTROLPLANE, or bin/controlplane at the top of the repository
 // that the working directory is in.
-func find() (string, error) {
+func Binary() (string, error) {
 	if p := os.Getenv("CONTROLPLANE"); p != "" {
 		return p, nil
 	}

@@ -2,6 +2,7 @@ package house
 
 import (
 	"bytes"
+	"encoding/json"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -40,6 +41,56 @@ func TestModuleIsPlain(t *testing.T) {
 			t.Errorf("go.mod has %q: the module has to build as a dependency", strings.TrimSpace(line))
 		}
 	}
+}
+
+// TestModulesInsideFollow: a module inside has the main one's Go and its
+// version of Kubernetes, uses nothing of the main module, and its replace lines
+// name Kubernetes' own parts only.
+func TestModulesInsideFollow(t *testing.T) {
+	own := modFile(t, ".")
+	for _, dir := range modules {
+		inside := modFile(t, dir)
+		if inside.Go != own.Go {
+			t.Errorf("%s/go.mod is for Go %s, go.mod for %s", dir, inside.Go, own.Go)
+		}
+		for _, r := range inside.Require {
+			if strings.HasPrefix(r.Path+"/", module) {
+				t.Errorf("%s/go.mod requires the main module", dir)
+			}
+		}
+		for _, r := range inside.Replace {
+			if r.New.Path != r.Old.Path || !strings.HasPrefix(r.New.Path, "k8s.io/") || r.New.Version != own.version("k8s.io/api") {
+				t.Errorf("%s/go.mod replaces %s by %s %s; go.mod has Kubernetes %s", dir, r.Old.Path, r.New.Path, r.New.Version, own.version("k8s.io/api"))
+			}
+		}
+	}
+}
+
+type modVersion struct{ Path, Version string }
+
+// goMod is what we need of `go mod edit -json`.
+type goMod struct {
+	Go      string
+	Require []modVersion
+	Replace []struct{ Old, New modVersion }
+}
+
+func (m goMod) version(path string) string {
+	for _, r := range m.Require {
+		if r.Path == path {
+			return r.Version
+		}
+	}
+	return ""
+}
+
+func modFile(t *testing.T, dir string) goMod {
+	t.Helper()
+	var m goMod
+	if err := json.Unmarshal([]byte(run(t, "go", "-C", dir, "mod", "edit", "-json")), &m); err != nil {
+		t.Fatal(err)
+	}
+	return m
 }
 
 func TestNothingBinaryIsCommitted(t *testing.T) {

@@ -21,10 +21,19 @@ type listed struct {
 // folder is the package's place in the repository, "" for the root.
 func (p listed) folder() string { return strings.TrimPrefix(p.ImportPath, module) }
 
-// packages lists every package of the module.
+// packages lists every package of the module and of those inside it.
 func packages(t *testing.T) []listed {
 	t.Helper()
-	out := run(t, "go", "list", "-tags", "seccomp", "-json=ImportPath,Name,Doc,Dir,GoFiles,CgoFiles,Imports,TestImports,XTestImports", "./...")
+	var list []listed
+	for _, dir := range append([]string{"."}, modules...) {
+		list = append(list, packagesIn(t, dir)...)
+	}
+	return list
+}
+
+func packagesIn(t *testing.T, dir string) []listed {
+	t.Helper()
+	out := run(t, "go", "-C", dir, "list", "-tags", "seccomp", "-json=ImportPath,Name,Doc,Dir,GoFiles,CgoFiles,Imports,TestImports,XTestImports", "./...")
 	var list []listed
 	for dec := json.NewDecoder(strings.NewReader(out)); ; {
 		var p listed

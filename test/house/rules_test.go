@@ -3,6 +3,12 @@ package house
 // module is the prefix of our own import paths.
 const module = "github.com/nodeagent/nodeagent/"
 
+// modules are the folders with a go.mod of their own, with the reason: what
+// they need must not reach those who build the product.
+var modules = []string{
+	"controlplane", // Kubernetes itself, with its replace lines
+}
+
 // domains are the folders whose packages do not import each other: each
 // declares the small interface it needs, and cmd/nodeagent joins them.
 var domains = []string{"certs", "cgroups", "cni", "config", "cri", "ebpf", "localvolume", "metrics", "pods", "shim"}

@@ -13,6 +13,7 @@ import (
 	"encoding/json"
 	"encoding/pem"
 	"fmt"
+	"io"
 	"log/slog"
 	"math/big"
 	"net"
@@ -395,16 +396,8 @@ func (s *setup) noSecretLogged(t *testing.T) {
 // bootstrap writes the bootstrap kubeconfig.
 func (s *setup) bootstrap(t *testing.T, ca *authority) {
 	t.Helper()
-	s.writeBootstrap(t, ca, s.addr())
-}
-
-// toward has the bootstrap kubeconfig name another address.
-func (s *setup) toward(t *testing.T, addr string) { s.writeBootstrap(t, s.ca, addr) }
-
-func (s *setup) writeBootstrap(t *testing.T, ca *authority, addr string) {
-	t.Helper()
 	err := clientcmd.WriteToFile(clientcmdapi.Config{
-		Clusters:       map[string]*clientcmdapi.Cluster{"c": {Server: "https://" + addr, CertificateAuthorityData: ca.pem()}},
+		Clusters:       map[string]*clientcmdapi.Cluster{"c": {Server: "https://" + s.addr(), CertificateAuthorityData: ca.pem()}},
 		AuthInfos:      map[string]*clientcmdapi.AuthInfo{"u": {Token: s.token}},
 		Contexts:       map[string]*clientcmdapi.Context{"x": {Cluster: "c", AuthInfo: "u"}},
 		CurrentContext: "x",
@@ -486,4 +479,34 @@ func mustWrite(t *testing.T, path string, data []byte) {
 	if err := os.WriteFile(path, data, 0o600); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// newEcho serves what tells of its requests' certificates.
+func newEcho(t *testing.T, ca *authority, release chan struct{}, seen chan string) string {
+	t.Helper()
+	key, keyPEM, err := newKey()
+	if err != nil {
+		t.Fatal(err)
+	}
+	pair, err := tls.X509KeyPair(ca.issue(&x509.Certificate{
+		IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)}, NotBefore: ca.cert.NotBefore, NotAfter: ca.cert.NotAfter,
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth},
+	}, key.Public()), keyPEM)
+	if err != nil {
+		t.Fatal(err)
+	}
+	s := httptest.NewUnstartedServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		seen <- fmt.Sprintf("%x", r.TLS.PeerCertificates[0].SerialNumber)
+		io.WriteString(w, "begin")
+		w.(http.Flusher).Flush()
+		if strings.HasSuffix(r.URL.Path, "slow") {
+			<-release
+		}
+		io.WriteString(w, " end")
+	}))
+	s.EnableHTTP2 = true
+	s.TLS = &tls.Config{Certificates: []tls.Certificate{pair}, ClientAuth: tls.RequestClientCert}
+	s.StartTLS()
+	t.Cleanup(s.Close)
+	return s.URL
 }

@@ -60,7 +60,7 @@ type Manager struct {
 	told  string // guarded by mu; the last trouble with kubeconfigs
 }
 
-// New checks cfg; it reads no file and starts nothing.
+// New checks cfg and starts nothing.
 func New(cfg Config) (*Manager, error) {
 	var missing []string
 	for name, value := range map[string]string{"NodeName": cfg.NodeName, "Dir": cfg.Dir, "Kubeconfig": cfg.Kubeconfig} {
@@ -141,9 +141,14 @@ func (m *Manager) Run(ctx context.Context) error {
 func (m *Manager) NodeName() string { return m.cfg.NodeName }
 
 // RESTConfig is for clients that act as the node: their requests carry the
-// newest certificate. Until there is one they fail.
+// newest certificate and go to the server of the newest kubeconfig (the host in
+// it is for messages). Until there is a certificate they fail.
 func (m *Manager) RESTConfig() *rest.Config {
-	return &rest.Config{Host: "https://apiserver.invalid", Transport: m.wire, UserAgent: userAgent}
+	host := "https://apiserver.invalid"
+	if cluster, err := m.cluster(); err == nil {
+		host = cluster.Host
+	}
+	return &rest.Config{Host: host, Transport: m.wire, UserAgent: userAgent}
 }
 
 // GetCertificate is for tls.Config: the newest serving certificate.

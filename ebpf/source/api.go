@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net/http"
+	"strings"
 	"sync"
 	"time"
 
@@ -216,22 +217,27 @@ func (k *kind[K, V]) observe(err error) {
 	k.api.outage.observe(k.name, err, k.api.inbox.complete())
 }
 
-// slimmed is an object on its way from a streamed list to Replace. The
-// reflector asks for its name and namespace, and nothing else.
+// slimmed is an object on its way from a streamed list to Replace: what the
+// reflector's own store asks for, and nothing else of its metadata.
 type slimmed[V any] struct {
-	meta.Object // nil
-	ns, name    string
-	v           V
+	meta.Object       // one without content, shared by all
+	ns, name, version string
+	v                 V
 }
 
-func (s *slimmed[V]) GetNamespace() string { return s.ns }
-func (s *slimmed[V]) GetName() string      { return s.name }
+func (s *slimmed[V]) GetNamespace() string       { return s.ns }
+func (s *slimmed[V]) GetName() string            { return s.name }
+func (s *slimmed[V]) GetResourceVersion() string { return s.version }
 
 // Transformer makes the reflector hold slim objects while a list is streamed.
 func (k *kind[K, V]) Transformer() cache.TransformFunc {
+	none := &meta.ObjectMeta{}
 	return func(o any) (any, error) {
+		if _, done := o.(*slimmed[V]); done {
+			return o, nil
+		}
 		if m, ok := o.(meta.Object); ok {
-			return &slimmed[V]{ns: m.GetNamespace(), name: m.GetName(), v: k.slim(o)}, nil
+			return &slimmed[V]{none, strings.Clone(m.GetNamespace()), strings.Clone(m.GetName()), m.GetResourceVersion(), k.slim(o)}, nil
 		}
 		return o, nil
 	}

@@ -23,9 +23,10 @@ import (
 	"github.com/nodeagent/nodeagent/ebpf/objects"
 )
 
-// server is as much of an API server as lists and watches need, without
-// streamed lists. It forgets its watchers when it is down.
+// server is as much of an API server as lists and watches need. It forgets its
+// watchers when it is down.
 type server struct {
+	stream   bool // lists may be streamed
 	mu       sync.Mutex
 	down     bool
 	version  int
@@ -57,7 +58,8 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	w.Header().Set("Content-Type", "application/json")
-	if q.Get("sendInitialEvents") != "" {
+	streamed := q.Get("sendInitialEvents") == "true"
+	if streamed && !s.stream {
 		s.mu.Unlock()
 		w.WriteHeader(http.StatusUnprocessableEntity)
 		_ = json.NewEncoder(w).Encode(meta.Status{TypeMeta: meta.TypeMeta{Kind: "Status", APIVersion: "v1"}, Status: "Failure", Reason: meta.StatusReasonInvalid, Code: 422})
@@ -70,8 +72,15 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		s.list(w, resource)
 		return
 	}
-	ch := make(chan event, 1000)
+	ch := make(chan event, 10000)
 	s.watchers[ch] = resource
+	if streamed {
+		s.fields = append(s.fields, q.Get("fieldSelector"))
+		for _, o := range s.objects[resource] {
+			ch <- event{"ADDED", o}
+		}
+		ch <- event{"BOOKMARK", s.end(resource)}
+	}
 	s.mu.Unlock()
 	_ = http.NewResponseController(w).Flush()
 	for {
@@ -86,6 +95,18 @@ func (s *server) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 			_ = http.NewResponseController(w).Flush()
 		}
 	}
+}
+
+// end tells that a streamed list is complete.
+func (s *server) end(resource string) runtime.Object {
+	m := meta.ObjectMeta{ResourceVersion: fmt.Sprint(s.version), Annotations: map[string]string{meta.InitialEventsAnnotationKey: "true"}}
+	switch resource {
+	case "pods":
+		return &core.Pod{TypeMeta: meta.TypeMeta{Kind: "Pod", APIVersion: "v1"}, ObjectMeta: m}
+	case "namespaces":
+		return &core.Namespace{TypeMeta: meta.TypeMeta{Kind: "Namespace", APIVersion: "v1"}, ObjectMeta: m}
+	}
+	return &networking.NetworkPolicy{TypeMeta: meta.TypeMeta{Kind: "NetworkPolicy", APIVersion: "networking.k8s.io/v1"}, ObjectMeta: m}
 }
 
 func (s *server) list(w http.ResponseWriter, resource string) {
@@ -218,7 +239,14 @@ func follow(t *testing.T, connect func() (*rest.Config, error)) (*follower, *lin
 // TestAPI: nothing is told before all kinds are known, then every change is;
 // a server that is down takes nothing away, and what changed meanwhile comes.
 func TestAPI(t *testing.T) {
+	for _, stream := range []bool{true, false} {
+		t.Run(fmt.Sprint("streamed lists ", stream), func(t *testing.T) { testAPI(t, stream) })
+	}
+}
+
+func testAPI(t *testing.T, stream bool) {
 	s, h := newServer(t)
+	s.stream = stream
 	s.turn(true)
 	s.put("pods", apiPod("a", "10.0.0.1", map[string]string{"app": "x"}), false)
 	s.put("pods", apiPod("unscheduled", "", nil), false)
@@ -265,6 +293,9 @@ func TestAPI(t *testing.T) {
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if lists := s.lists["pods"]; stream != (lists == 0) {
+		t.Errorf("%d lists that were not streamed", lists)
+	}
 	if !strings.Contains(strings.Join(s.fields, " "), "status.phase!=Succeeded,status.phase!=Failed") {
 		t.Errorf("finished pods are asked for: %q", s.fields)
 	}
@@ -273,6 +304,7 @@ func TestAPI(t *testing.T) {
 // TestAPILateKubeconfig: how to reach the server may become known late.
 func TestAPILateKubeconfig(t *testing.T) {
 	s, h := newServer(t)
+	s.stream = true
 	for i := range 2000 {
 		s.put("pods", apiPod(fmt.Sprint("p", i), "10.0.0.1", map[string]string{"app": "x", "hash": fmt.Sprint(i % 3)}), false)
 	}

@@ -76,13 +76,18 @@ func runAPIServer(ctx context.Context, cfg config, listener net.Listener) error 
 	return app.Run(ctx, completed)
 }
 
-// listen opens the API server's port. A port that it had before (cfg.port of an
-// earlier run) may be taken by a passing connection for a moment.
+// listen opens the API server's port: cfg.port, or the one of an earlier run,
+// which a passing connection may hold for a moment, or a free one.
 func listen(ctx context.Context, cfg config) (net.Listener, error) {
+	last := lastPort()
 	deadline := time.Now().Add(10 * time.Second)
 	for {
-		l, err := net.Listen("tcp", net.JoinHostPort(cfg.listen.String(), strconv.Itoa(cfg.port)))
-		if err == nil || time.Now().After(deadline) || ctx.Err() != nil {
+		port := cfg.port
+		if port == 0 {
+			port = last
+		}
+		l, err := net.Listen("tcp", net.JoinHostPort(cfg.listen.String(), strconv.Itoa(port)))
+		if err == nil || port == cfg.port || time.Now().After(deadline) || ctx.Err() != nil {
 			return l, err
 		}
 		time.Sleep(100 * time.Millisecond)

@@ -41,6 +41,7 @@ func runControllerManager(ctx context.Context, cfg config) error {
 	s.KubeCloudShared.ConfigureCloudRoutes = false
 	s.KubeCloudShared.ClusterCIDR = podCIDRs
 	s.NodeIPAMController.ServiceCIDR = serviceCIDRs
+	s.PersistentVolumeBinderController.VolumeConfiguration.FlexVolumePluginDir = "flexvolume" // it makes the directory
 	s.SAController.RootCAFile = "pki/ca.crt"
 	s.SAController.ServiceAccountKeyFile = "pki/sa.key"
 

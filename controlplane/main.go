@@ -109,9 +109,6 @@ func run(ctx context.Context, cfg config) (err error) {
 	if err := logTo("controlplane.log"); err != nil {
 		return err
 	}
-	if cfg.port == 0 {
-		cfg.port = lastPort()
-	}
 	listener, err := listen(ctx, cfg)
 	if err != nil {
 		return fmt.Errorf("open the API server's port: %w", err)

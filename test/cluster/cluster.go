@@ -98,7 +98,8 @@ func (c *Cluster) Kill() {
 }
 
 // Restart starts the control plane again, after Stop or Kill, on its data, with
-// its keys and its port. Kubeconfigs and Admin stay valid.
+// its keys and its port, so that earlier kubeconfigs stay valid. Whoever removes
+// Dir/pki/ca.* in between gets a new authority.
 func (c *Cluster) Restart(t testing.TB) {
 	t.Helper()
 	c.Stop(t)

@@ -100,13 +100,25 @@ func (s *Server) readIntents() (found []intent, junk []string, err error) {
 		data, err := os.ReadFile(filepath.Join(s.intentDir(), name))
 		var in intent
 		if err == nil {
-			err = json.Unmarshal(data, &in)
+			in, err = decodeIntent(name, data)
 		}
-		if err != nil || in.ID != name || in.Version != store.Version {
+		if err != nil {
 			s.log.Warn("an intent cannot be read; the object is cleaned by its name", "path", name, "err", err)
 			in = intent{ID: name}
 		}
 		found = append(found, in)
 	}
 	return found, junk, nil
+}
+
+// decodeIntent reads the intent in the file of that name.
+func decodeIntent(name string, data []byte) (intent, error) {
+	var in intent
+	if err := json.Unmarshal(data, &in); err != nil {
+		return intent{}, fmt.Errorf("decode intent: %w", err)
+	}
+	if in.ID != name || in.Version != store.Version {
+		return intent{}, fmt.Errorf("intent of %q, version %d: want %q, %d", in.ID, in.Version, name, store.Version)
+	}
+	return in, nil
 }

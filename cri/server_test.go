@@ -19,6 +19,8 @@ import (
 	"google.golang.org/grpc/credentials/insecure"
 	"google.golang.org/grpc/status"
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
+
+	"github.com/nodeagent/nodeagent/cri/store"
 )
 
 func TestCodes(t *testing.T) {
@@ -242,4 +244,17 @@ func TestUndoRunsBackwardsAndKeepsWhatFailed(t *testing.T) {
 	if got := strings.Join(order, ""); got != "cbab" {
 		t.Errorf("order %s", got)
 	}
+}
+
+func FuzzDecodeIntent(f *testing.F) {
+	f.Add("a", []byte(`{"version":1,"kind":"sandbox","id":"a","cgroup":"/x","network":{"namespace":"n","name":"p","uid":"u"}}`))
+	f.Add("a", []byte(`{"version":2,"id":"a"}`))
+	f.Add("a", []byte(`{"version":1,"id":"b"}`))
+	f.Add("", []byte(`[]`))
+	f.Fuzz(func(t *testing.T, name string, data []byte) {
+		in, err := decodeIntent(name, data)
+		if err == nil && (in.ID != name || in.Version != store.Version) || err != nil && (in != intent{}) {
+			t.Errorf("%q: %+v, %v", data, in, err)
+		}
+	})
 }

@@ -324,6 +324,29 @@ func FuzzPropagation(f *testing.F) {
 	})
 }
 
+func FuzzKernelFiles(f *testing.F) {
+	f.Add("Name:\tx\nCapInh:\t0\nCapEff:\t000001ffffffffff\nCapBnd:\t000001ffffffffff\n")
+	f.Add("docker-default (enforce)\nnodeagent-default (complain)\n(x\n")
+	f.Add("CapBnd:\tzz\n")
+	f.Fuzz(func(t *testing.T, text string) {
+		caps, err := parseCapabilities([]byte(text))
+		if err != nil && caps != nil {
+			t.Errorf("%q: %v, %v", text, caps, err)
+		}
+		for _, c := range caps {
+			if !strings.HasPrefix(c, "CAP_") {
+				t.Errorf("%q: capability %q", text, c)
+			}
+		}
+		profiles, err := parseAppArmorProfiles(strings.NewReader(text))
+		for name := range profiles {
+			if err == nil && !strings.Contains(text, name) {
+				t.Errorf("%q: profile %q", text, name)
+			}
+		}
+	})
+}
+
 func FuzzSignal(f *testing.F) {
 	f.Add("SIGRTMIN+3")
 	f.Fuzz(func(t *testing.T, s string) {

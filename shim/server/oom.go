@@ -217,12 +217,25 @@ func oomKills(path string) (uint64, error) {
 	if err != nil {
 		return 0, err
 	}
+	n, err := parseEvents(data)
+	if err != nil {
+		return 0, fmt.Errorf("%s: %w", name, err)
+	}
+	return n, nil
+}
+
+// parseEvents reads oom_kill of memory.events.
+func parseEvents(data []byte) (uint64, error) {
 	for line := range bytes.Lines(data) {
 		if value, ok := strings.CutPrefix(strings.TrimSpace(string(line)), "oom_kill "); ok {
-			return strconv.ParseUint(value, 10, 64)
+			n, err := strconv.ParseUint(value, 10, 64)
+			if err != nil {
+				return 0, fmt.Errorf("oom_kill: %w", err)
+			}
+			return n, nil
 		}
 	}
-	return 0, fmt.Errorf("%s has no oom_kill", name)
+	return 0, errors.New("no oom_kill in it")
 }
 
 // settledKills reads what an earlier shim wrote down.

@@ -3,6 +3,7 @@
 package server
 
 import (
+	"bytes"
 	"fmt"
 	"log/slog"
 	"os"
@@ -211,14 +212,14 @@ func TestOOMInSharedGroup(t *testing.T) {
 	judged(t, b, c, 1)
 }
 
-func TestOOMKillsOfGarbage(t *testing.T) {
-	dir := t.TempDir()
-	for _, text := range []string{"", "oom_kill x\n", "oom_kill_\n", "oom_kill -1\n"} {
-		if err := os.WriteFile(filepath.Join(dir, "memory.events"), []byte(text), 0o644); err != nil {
-			t.Fatal(err)
-		}
-		if n, err := oomKills(dir); err == nil {
-			t.Errorf("%q: %d kills, no error", text, n)
-		}
+func FuzzParseEvents(f *testing.F) {
+	for _, text := range []string{"low 0\nhigh 0\nmax 77\noom 3\noom_kill 2\noom_group_kill 0\n", "", "oom_kill x\n", "oom_kill_\n", "oom_kill -1\n", "oom_kill 1"} {
+		f.Add([]byte(text))
 	}
+	f.Fuzz(func(t *testing.T, data []byte) {
+		n, err := parseEvents(data)
+		if err == nil && !bytes.Contains(data, []byte("oom_kill ")) || err != nil && n != 0 {
+			t.Errorf("%q: %d, %v", data, n, err)
+		}
+	})
 }

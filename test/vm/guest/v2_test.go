@@ -157,8 +157,11 @@ func TestV2Stats(t *testing.T) {
 func TestV2OOM(t *testing.T) {
 	service(t)
 	res := &runtimeapi.LinuxContainerResources{MemoryLimitInBytes: 32 << 20}
-	// The shell that eats is the first process, or its only child.
-	const eat = `x=$(head -c 60000000 /dev/zero | tr '\0' a); echo $x | wc -c`
+	// dd's buffer is more than the limit.
+	const (
+		dd  = "dd if=/dev/zero of=/dev/null bs=60M count=1"
+		eat = "exec " + dd
+	)
 	const gate = "until [ -e /go ]; do sleep 0.1; done; "
 	killed := func(t *testing.T, p *pod) {
 		t.Helper()
@@ -182,7 +185,7 @@ func TestV2OOM(t *testing.T) {
 		failed(t, p.beside(t, "fails", "exit 3", res), 3)
 	})
 	t.Run("Child", func(t *testing.T) {
-		p := run(t, "child", "("+eat+"); exit 7", res, nil)
+		p := run(t, "child", "("+dd+"); exit 7", res, nil)
 		defer p.remove(t)
 		equal(t, "exit code of one whose child was killed", p.waitExit(t).ExitCode, 7)
 	})

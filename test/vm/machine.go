@@ -81,6 +81,7 @@ func (m machine) run(ctx context.Context, out io.Writer) (*results, error) {
 	l.Close()
 	err = errors.Join(err, <-copied)
 	res.took = time.Since(start)
+	res.cpu = cmd.ProcessState.UserTime() + cmd.ProcessState.SystemTime()
 	if ctx.Err() != nil {
 		return res, fmt.Errorf("%w; its console is in %s", context.Cause(ctx), console)
 	}

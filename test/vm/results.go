@@ -16,6 +16,7 @@ type results struct {
 	facts []string // lines of the table
 	steps []stepResult
 	took  time.Duration
+	cpu   time.Duration // of qemu
 }
 
 type stepResult struct {
@@ -90,6 +91,7 @@ func (r *results) add(o *results) {
 	}
 	r.steps = append(r.steps, o.steps...)
 	r.took += o.took
+	r.cpu += o.cpu
 }
 
 func (r *results) failed() bool {
@@ -113,7 +115,7 @@ func (r *results) print(w io.Writer) {
 		fmt.Fprintf(w, "| %s | %s | %s | %s | %d | %d | %d | %s |\n",
 			s.name, host["kernel"], host["cgroups"], host["init"], s.passed, s.failed, s.skips, s.seconds)
 	}
-	fmt.Fprintf(w, "\n%s in %v\n", host["system"], r.took.Round(time.Second))
+	fmt.Fprintf(w, "\n%s in %v, %v of CPU\n", host["system"], r.took.Round(time.Second), r.cpu.Round(time.Second))
 	for _, s := range r.steps {
 		for _, f := range s.failures {
 			fmt.Fprintf(w, "FAILED %s: %s\n", s.name, f)

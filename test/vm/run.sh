@@ -47,7 +47,9 @@ while IFS='|' read -r name seconds command; do
 	read -r end _ < /proc/uptime
 	if [ $code != 0 ]; then
 		echo "--- the journal ends:"
-		journalctl -u nodeagent -n 60 --no-pager -o cat
+		journalctl --sync
+		journalctl -u nodeagent -n 400 --no-pager -o short-monotonic
+		dmesg | tail -n 5
 	fi
 	echo "=== ENDED $(echo "$name" | tr ' ' _) $code $((${end%.*} - ${begin%.*}))"
 done < steps

@@ -156,7 +156,6 @@ lint: deps ## go vet, gofmt, staticcheck, house rules
 	$(GO) vet -tags seccomp ./...
 	$(GO) run $(STATICCHECK) -tags seccomp ./...
 	$(CONTROLPLANE) vet ./...
-	$(CONTROLPLANE) run $(STATICCHECK) ./...
 	$(GO) test -count=1 ./test/house
 
 .PHONY: generate
@@ -165,7 +164,7 @@ generate: deps ## make generated files anew
 
 # --- measures -----------------------------------------------------------------
 .PHONY: bench
-bench: build test-deps ## run the Go benchmarks
+bench: build controlplane test-deps ## run the Go benchmarks
 	$(GO) test -tags seccomp -p 1 -run '^$$' -bench . -benchmem $(ARGS) ./...
 
 .PHONY: bench-compare

@@ -223,3 +223,13 @@ func get(t *testing.T, c *cluster.Cluster, name string) error {
 	_, err := clientset(t, c.Admin).CoreV1().ConfigMaps("default").Get(t.Context(), name, meta.GetOptions{})
 	return err
 }
+
+// BenchmarkStart is the time from nothing to a pod that could be made, and back.
+func BenchmarkStart(b *testing.B) {
+	for b.Loop() {
+		begin := time.Now()
+		c := cluster.Start(b, cluster.Config{})
+		b.ReportMetric(time.Since(begin).Seconds(), "s/ready")
+		c.Stop(b)
+	}
+}

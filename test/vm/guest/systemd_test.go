@@ -168,7 +168,7 @@ func TestServiceHardening(t *testing.T) {
 	service(t)
 	for name, want := range map[string]string{
 		"Type": "notify", "NotifyAccess": "main", "Restart": "always", "KillMode": "process", "Delegate": "yes", "OOMPolicy": "continue",
-		"OOMScoreAdjust": "-999", "ManagedOOMPreference": "avoid", "WatchdogUSec": "1min", "TimeoutStopFailureMode": "abort", "FileDescriptorStoreMax": "16", "TasksMax": "infinity", "UMask": "0022",
+		"OOMScoreAdjust": "-999", "ManagedOOMPreference": "avoid", "WatchdogUSec": "3min", "TimeoutStopFailureMode": "abort", "FileDescriptorStoreMax": "16", "TasksMax": "infinity", "UMask": "0022",
 	} {
 		equal(t, name, property(t, name), want)
 	}

@@ -24,6 +24,7 @@ package main
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"log"
@@ -128,21 +129,31 @@ func run(ctx context.Context, o options) (err error) {
 		}
 		fmt.Fprintf(os.Stderr, "== %s\n", p.title)
 		t := time.Now()
-		if err := p.run(b, ctx); err != nil {
-			return fmt.Errorf("%s: %w", p.name, err)
+		if e := p.run(b, ctx); e != nil {
+			// The other parts' figures are still worth having.
+			e = fmt.Errorf("%s: %w", p.name, e)
+			fmt.Fprintln(os.Stderr, "   failed:", e)
+			if err = errors.Join(err, e); ctx.Err() != nil {
+				return err
+			}
 		}
 		fmt.Fprintf(os.Stderr, "   %.1fs\n", time.Since(t).Seconds())
 	}
+	for _, r := range rts {
+		if n := r.failed.Load(); n > 0 {
+			r.figures.set("failed pod starts", "", float64(n))
+		}
+	}
 	rep := b.report()
 	rep.print(os.Stdout)
-	j, err := json.MarshalIndent(rep, "", "  ")
-	if err != nil {
-		return err
+	j, e := json.MarshalIndent(rep, "", "  ")
+	if e != nil {
+		return errors.Join(err, e)
 	}
 	out, _ := filepath.Abs(o.out)
-	if err := os.WriteFile(out, append(j, '\n'), 0o644); err != nil {
-		return err
+	if e := os.WriteFile(out, append(j, '\n'), 0o644); e != nil {
+		return errors.Join(err, e)
 	}
 	fmt.Printf("\nfigures: %s\n", out)
-	return nil
+	return err
 }

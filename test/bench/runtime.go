@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
@@ -26,6 +27,7 @@ type runtime struct {
 	mark    string     // string in the command line of helpers that left the daemon's process tree
 	cgroup  string     // group that holds the daemon and the pods, relative to each hierarchy; "" if not ours
 	seq     int
+	failed  atomic.Int64 // pod starts
 	figures figures
 }
 

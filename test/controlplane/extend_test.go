@@ -61,6 +61,15 @@ spec:
               properties: {size: {type: integer, maximum: 9}, colour: {type: string, default: red}}
 `), meta.CreateOptions{})
 	check(t, err)
+	t.Cleanup(func() {
+		check(t, definitions.Delete(context.Background(), "gadgets.test.example.com", meta.DeleteOptions{}))
+		eventually(t, "remove the definition", func(ctx context.Context) error {
+			if _, err := definitions.Get(ctx, "gadgets.test.example.com", meta.GetOptions{}); !apierrors.IsNotFound(err) {
+				return fmt.Errorf("still there (%v)", err)
+			}
+			return nil
+		})
+	})
 	gadgets := client.Resource(schema.GroupVersionResource{Group: "test.example.com", Version: "v1", Resource: "gadgets"}).Namespace("default")
 	gadget := func(name string, size int) *unstructured.Unstructured {
 		return object(t, fmt.Sprintf("{apiVersion: test.example.com/v1, kind: Gadget, metadata: {name: %s}, spec: {size: %d}}", name, size))
@@ -133,6 +142,8 @@ spec:
   service: {namespace: %s, name: clock, port: %s}
 `, base64.StdEncoding.EncodeToString(authority), ns, port)), meta.CreateOptions{})
 	check(t, err)
+
+	t.Cleanup(func() { check(t, services.Delete(context.Background(), "v1.clock.example.com", meta.DeleteOptions{})) })
 
 	hours := dynamicClient(t, c.Admin).Resource(schema.GroupVersionResource{Group: "clock.example.com", Version: "v1", Resource: "hours"})
 	var now *unstructured.Unstructured

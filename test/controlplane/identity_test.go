@@ -279,13 +279,17 @@ func TestKubeconfigs(t *testing.T) {
 	}
 }
 
-// register makes a Node object, with its status.
+// register makes a Node object in the shared control plane, with its addresses,
+// for as long as the test runs.
 func register(t *testing.T, client kubernetes.Interface, name string, addresses ...core.NodeAddress) {
 	t.Helper()
 	_, err := client.CoreV1().Nodes().Create(t.Context(), &core.Node{
 		ObjectMeta: meta.ObjectMeta{Name: name, Labels: map[string]string{core.LabelHostname: name}},
 	}, meta.CreateOptions{})
 	check(t, err)
+	t.Cleanup(func() {
+		check(t, clientset(t, cluster.Shared(t).Admin).CoreV1().Nodes().Delete(context.Background(), name, meta.DeleteOptions{}))
+	})
 	status, err := json.Marshal(map[string]any{"status": core.NodeStatus{Addresses: addresses}})
 	check(t, err)
 	_, err = client.CoreV1().Nodes().Patch(t.Context(), name, types.StrategicMergePatchType, status, meta.PatchOptions{}, "status")

@@ -43,7 +43,7 @@ func dynamicClient(t *testing.T, c *rest.Config) *dynamic.DynamicClient {
 // eventually asks until ok returns no error.
 func eventually(t *testing.T, what string, ok func(context.Context) error) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	ctx, cancel := context.WithTimeout(context.Background(), patience) // cleanups wait as well
 	defer cancel()
 	for {
 		err := ok(ctx)

@@ -464,12 +464,12 @@ func statusOf(t testing.TB, s *Server, id string) *runtimeapi.ContainerStatus {
 // eventually waits for what happens in the background.
 func eventually(t testing.TB, what string, ok func() bool) {
 	t.Helper()
-	for end := time.Now().Add(5 * time.Second); time.Now().Before(end); time.Sleep(2 * time.Millisecond) {
+	for end := time.Now().Add(60 * time.Second); time.Now().Before(end); time.Sleep(2 * time.Millisecond) {
 		if ok() {
 			return
 		}
 	}
-	t.Fatalf("%s: did not happen in 5 s", what)
+	t.Fatalf("%s: did not happen in 60 s", what)
 }
 
 // leftovers lists what is on disk and in memory, apart from empty directories.

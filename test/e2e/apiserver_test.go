@@ -68,7 +68,7 @@ func apiPod(t *testing.T, client kubernetes.Interface, ns, name string) *core.Po
 	p := &core.Pod{ObjectMeta: meta.ObjectMeta{Namespace: ns, Name: name, Labels: map[string]string{"app": name}}, Spec: core.PodSpec{
 		NodeName: "n1",
 		Containers: []core.Container{{Name: "c", Image: "none.example/none", Ports: []core.ContainerPort{
-			{Name: "echo", ContainerPort: 8080}, {Name: "echo", ContainerPort: 8080, Protocol: core.ProtocolUDP},
+			{Name: "echo", ContainerPort: 8080}, {Name: "echo-udp", ContainerPort: 8080, Protocol: core.ProtocolUDP},
 		}}},
 	}}
 	var made *core.Pod
@@ -103,7 +103,7 @@ func TestPolicyFromAPIServer(t *testing.T) {
 		_, err = client.CoreV1().Namespaces().Create(ctx, &core.Namespace{ObjectMeta: meta.ObjectMeta{Name: ns, Labels: map[string]string{"team": team}}}, meta.CreateOptions{})
 		must(t, err)
 	}
-	echo, udp := intstr.FromString("echo"), core.ProtocolUDP
+	echo, echoUDP, udp := intstr.FromString("echo"), intstr.FromString("echo-udp"), core.ProtocolUDP
 	np := &networking.NetworkPolicy{ObjectMeta: meta.ObjectMeta{Namespace: "shop", Name: "web"}, Spec: networking.NetworkPolicySpec{
 		PodSelector: meta.LabelSelector{MatchLabels: map[string]string{"app": "web"}},
 		Ingress: []networking.NetworkPolicyIngressRule{{
@@ -111,7 +111,7 @@ func TestPolicyFromAPIServer(t *testing.T) {
 				NamespaceSelector: &meta.LabelSelector{MatchLabels: map[string]string{"team": "a"}},
 				PodSelector:       &meta.LabelSelector{MatchLabels: map[string]string{"app": "good"}},
 			}},
-			Ports: []networking.NetworkPolicyPort{{Port: &echo}, {Port: &echo, Protocol: &udp}},
+			Ports: []networking.NetworkPolicyPort{{Port: &echo}, {Port: &echoUDP, Protocol: &udp}},
 		}},
 	}}
 	_, err = client.NetworkingV1().NetworkPolicies("shop").Create(ctx, np, meta.CreateOptions{})

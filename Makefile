@@ -166,6 +166,11 @@ generate: deps ## make generated files anew
 .PHONY: bench
 bench: build controlplane test-deps ## run the Go benchmarks
 	$(GO) test -tags seccomp -p 1 -run '^$$' -bench . -benchmem $(ARGS) ./...
+	$(GO) run ./test/bench/policy
+
+.PHONY: bench-policy
+bench-policy: build test-deps ## measure what policy costs flows, beside none and nftables (as root)
+	@$(GO) run ./test/bench/policy $(ARGS)
 
 .PHONY: bench-compare
 bench-compare: build test-deps ## measure this runtime beside Debian's containerd

@@ -106,7 +106,7 @@ struct block { __u16 cell[ROW_CELLS]; };
 struct bitmap { __u8 bits[BITMAP]; };
 struct addr6 { __u32 a[4]; };
 
-MAP(ep_if, HASH, __u32, __u32, 4096, 0);
+MAP(ep_if, HASH, __u32, __u32, 4096, BPF_F_NO_PREALLOC);
 MAP(ep_near, ARRAY, __u32, __u32, NEAR, BPF_F_MMAPABLE);
 MAP(endpoints, ARRAY, __u32, struct endpoint, 4096, BPF_F_MMAPABLE);
 MAP(ep_ip4, HASH, __u32, __u32, 8192, BPF_F_NO_PREALLOC);
@@ -121,7 +121,7 @@ MAP(profiles, ARRAY, __u32, struct bitmap, 2 * 4096, BPF_F_MMAPABLE);
 MAP(state, ARRAY, __u32, struct state, 1, BPF_F_MMAPABLE);
 MAP(ct4, LRU_HASH, struct ct4, struct ct_value, 65536, 0);
 MAP(ct6, LRU_HASH, struct ct6, struct ct_value, 65536, 0);
-MAP(frags, LRU_HASH, struct frag_key, struct frag_ports, 4096, 0);
+MAP(frags, LRU_HASH, struct frag_key, struct frag_ports, 2048, 0);
 MAP(counters, PERCPU_ARRAY, __u32, struct counter, 160, 0);
 MAP(windows, PERCPU_ARRAY, __u32, struct window, 32, 0);
 struct {

@@ -393,15 +393,25 @@ func (s *setup) noSecretLogged(t *testing.T) {
 	}
 }
 
-// bootstrap writes the bootstrap kubeconfig.
+// bootstrap writes the bootstrap kubeconfig, with the token.
 func (s *setup) bootstrap(t *testing.T, ca *authority) {
+	t.Helper()
+	s.writeKubeconfigOf(t, ca, s.cfg.BootstrapKubeconfig, &clientcmdapi.AuthInfo{Token: s.token})
+}
+
+func (s *setup) writeKubeconfig(t *testing.T, path string, user *clientcmdapi.AuthInfo) {
+	t.Helper()
+	s.writeKubeconfigOf(t, s.ca, path, user)
+}
+
+func (s *setup) writeKubeconfigOf(t *testing.T, ca *authority, path string, user *clientcmdapi.AuthInfo) {
 	t.Helper()
 	err := clientcmd.WriteToFile(clientcmdapi.Config{
 		Clusters:       map[string]*clientcmdapi.Cluster{"c": {Server: "https://" + s.addr(), CertificateAuthorityData: ca.pem()}},
-		AuthInfos:      map[string]*clientcmdapi.AuthInfo{"u": {Token: s.token}},
+		AuthInfos:      map[string]*clientcmdapi.AuthInfo{"u": user},
 		Contexts:       map[string]*clientcmdapi.Context{"x": {Cluster: "c", AuthInfo: "u"}},
 		CurrentContext: "x",
-	}, s.cfg.BootstrapKubeconfig)
+	}, path)
 	if err != nil {
 		t.Fatal(err)
 	}

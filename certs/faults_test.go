@@ -20,6 +20,7 @@ import (
 	certificatesv1 "k8s.io/api/certificates/v1"
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/client-go/tools/clientcmd"
+	clientcmdapi "k8s.io/client-go/tools/clientcmd/api"
 	"k8s.io/client-go/util/certificate"
 )
 
@@ -52,6 +53,39 @@ func TestBootstrap(t *testing.T) {
 	}
 	if n := s.made(); made != 2 || n != 4 {
 		t.Errorf("%d requests, then %d; want 2, and 4 after a renewal of both", made, n)
+	}
+}
+
+// TestBootstrapWithCertificate: the bootstrap credential may be a certificate, in
+// the kubeconfig itself.
+func TestBootstrapWithCertificate(t *testing.T) {
+	t.Parallel()
+	s := newSetup(t)
+	now := time.Now()
+	boot := s.ca.pair(t, clientKind, identity{commonName: "bootstrapper"}, now.Add(-time.Minute), now.Add(time.Hour))
+	s.writeKubeconfig(t, s.cfg.BootstrapKubeconfig, &clientcmdapi.AuthInfo{ClientCertificateData: boot.certPEM, ClientKeyData: boot.keyPEM})
+	s.token = ""
+	s.run(t)
+	if st := s.untilHeld(t, "client"); st.Subject != "CN=system:node:n1,O=system:nodes" {
+		t.Errorf("%+v", st)
+	}
+}
+
+// TestEmbeddedCertificate: a kubeconfig that carries the node's certificate, as
+// older installers wrote it, is as good as the files, which are made from it.
+func TestEmbeddedCertificate(t *testing.T) {
+	t.Parallel()
+	s := newSetup(t)
+	now := time.Now()
+	p := s.ca.pair(t, clientKind, nodeIdentity(testNode), now.Add(-time.Minute), now.Add(time.Hour))
+	s.writeKubeconfig(t, s.cfg.Kubeconfig, &clientcmdapi.AuthInfo{ClientCertificateData: p.certPEM, ClientKeyData: p.keyPEM})
+	s.run(t)
+	until(t, "files", func() bool {
+		saved, err := s.manager.client.store.load()
+		return err == nil && saved.same(p)
+	})
+	if n := s.made(); n != 0 {
+		t.Errorf("%d requests", n)
 	}
 }
 

@@ -53,6 +53,7 @@ type state struct {
 	step        step
 	renewals    int
 	failed      map[Reason]int
+	failedAll   int
 	waiting     string        // name of the request that waits for approval
 	attempt     chan struct{} // closed when the next attempt has ended
 }
@@ -245,6 +246,7 @@ func (r *rotator) fail(p *Problem) {
 	r.mu.Lock()
 	s := &r.state
 	s.failures++
+	s.failedAll++
 	s.failed[p.Reason]++
 	pause := backoff(s.failures, p.Reason, r.base)
 	s.problem, s.problemAt, s.notUntil = p, r.now(), r.now().Add(pause)
@@ -304,23 +306,33 @@ func (r *rotator) refused() Reason {
 }
 
 // ask has the certificate renewed now, whatever its age and whatever failed
-// before, and waits for the outcome of the attempt.
+// before, and waits for the outcome of an attempt that ends from here on.
 func (r *rotator) ask(ctx context.Context, why string) error {
 	r.mu.Lock()
 	r.state.asked, r.state.notUntil = why, time.Time{}
-	before, attempt := r.state.renewals, r.state.attempt
+	renewals, failed := r.state.renewals, r.state.failedAll
+	attempt := r.state.attempt
 	r.mu.Unlock()
 	r.poke()
-	select {
-	case <-ctx.Done():
-		return ctx.Err()
-	case <-attempt:
+	for {
+		select {
+		case <-ctx.Done():
+			return ctx.Err()
+		case <-attempt:
+		}
+		r.mu.Lock()
+		p := r.state.problem
+		renewed, worse := r.state.renewals > renewals, r.state.failedAll > failed
+		if worse && !renewed {
+			r.state.asked = ""
+		}
+		attempt = r.state.attempt
+		r.mu.Unlock()
+		switch {
+		case renewed:
+			return nil
+		case worse && p != nil:
+			return p
+		}
 	}
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	if r.state.renewals == before && r.state.problem != nil {
-		r.state.asked = ""
-		return r.state.problem
-	}
-	return nil
 }

@@ -3,6 +3,7 @@
 package ebpf
 
 import (
+	"context"
 	"fmt"
 	"os"
 	"os/exec"
@@ -19,6 +20,7 @@ import (
 
 	"github.com/nodeagent/nodeagent/ebpf/lab"
 	"github.com/nodeagent/nodeagent/ebpf/objects"
+	"github.com/nodeagent/nodeagent/ebpf/source"
 )
 
 // BenchmarkScale enforces 10,000 policies and 100,000 pods, 110 of them on
@@ -70,13 +72,23 @@ func scale(b *testing.B) {
 	cl := lab.Big()
 	runtime.GC()
 	before := heap()
-	e, err := New(Config{BPFFS: filepath.Join(b.TempDir(), "bpf")})
+	fs := filepath.Join(b.TempDir(), "bpf")
+	e, err := New(Config{BPFFS: fs})
 	if err != nil {
 		b.Fatal(err)
 	}
-	ctx := b.Context()
+	ctx, cancel := context.WithCancel(b.Context())
 	done := make(chan error, 1)
 	go func() { done <- e.Run(ctx) }()
+	defer func() {
+		cancel()
+		if err := <-done; err != nil {
+			b.Error(err)
+		}
+		if err := unix.Unmount(fs, 0); err != nil {
+			b.Error(err)
+		}
+	}()
 	var live []Pod
 	for i := range 110 {
 		p := &cl.Pods[i*37]
@@ -148,8 +160,8 @@ func put(c *objects.Change, p *objects.Pod, local map[objects.PodKey]bool) {
 	}
 }
 
-// churn changes 100 remote pods a second for ten seconds: their phase, address
-// and labels; and returns the percentage of a core that this process took.
+// churn changes 100 remote pods a second for ten seconds, handed over as the
+// API server's source does; and returns the percentage of a core that this process took.
 func churn(b *testing.B, e *Engine, local map[objects.PodKey]bool) float64 {
 	used := func() time.Duration {
 		var r unix.Rusage
@@ -162,23 +174,25 @@ func churn(b *testing.B, e *Engine, local map[objects.PodKey]bool) float64 {
 	cpu, began := used(), time.Now()
 	tick := time.NewTicker(10 * time.Millisecond)
 	defer tick.Stop()
+	var c objects.Change
+	told := began
 	for i := range 1000 {
 		<-tick.C
-		var c objects.Change
-		switch i % 3 {
-		case 0:
+		switch p := lab.BigPod(8000+i, i%7); {
+		case i%3 == 0:
 			put(&c, lab.BigPod(200_000+i, i%7), local) // comes
-		case 1:
+		case i%3 == 1:
 			put(&c, lab.BigPod(6000+i, (i+2)%7), local) // other labels
-		case 2:
-			c.Pods.Delete(lab.BigPod(8000+i, i%7).PodKey)
-			if local[lab.BigPod(8000+i, 0).PodKey] {
-				continue
-			}
+		case !local[p.PodKey]:
+			c.Pods.Delete(p.PodKey)
+		}
+		if time.Since(told) < source.Pace || c.Empty() {
+			continue // the source gathers
 		}
 		if err := e.Change(b.Context(), c); err != nil {
 			b.Fatal(err)
 		}
+		c, told = objects.Change{}, time.Now()
 	}
 	return 100 * float64(used()-cpu) / float64(time.Since(began))
 }

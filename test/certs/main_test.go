@@ -53,7 +53,13 @@ func shared(t *testing.T) *cluster.Cluster {
 	once.Lock()
 	defer once.Unlock()
 	if once.cluster == nil {
-		once.cluster = cluster.Start(nobody{t}, cluster.Config{Dir: mustTemp(t), SigningDuration: life})
+		dir := mustTemp(t)
+		defer func() {
+			if once.cluster == nil { // it did not start
+				os.RemoveAll(dir)
+			}
+		}()
+		once.cluster = cluster.Start(nobody{t}, cluster.Config{Dir: dir, SigningDuration: life})
 	}
 	return once.cluster
 }

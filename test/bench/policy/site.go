@@ -130,7 +130,8 @@ func route(l netlink.Link, to netip.Prefix, via netip.Addr) error {
 
 func (s *site) nothing() (func() error, error) { return func() error { return nil }, nil }
 
-// policy isolates both pods both ways; a may open two ports of b.
+// policy isolates both pods both ways; a may open two ports of b. The engine
+// leaves its programs: they enforce without it.
 func (s *site) policy() (func() error, error) {
 	engine, err := ebpf.New(ebpf.Config{BPFFS: filepath.Join(s.dir, "bpf"), Name: "bench"})
 	if err != nil {
@@ -140,8 +141,7 @@ func (s *site) policy() (func() error, error) {
 	ended := make(chan error, 1)
 	go func() { ended <- engine.Run(ctx) }()
 	stop := func() error {
-		cancel()
-		err := errors.Join(<-ended, ebpf.Clear(filepath.Join(s.dir, "bpf"), "bench"))
+		err := ebpf.Clear(filepath.Join(s.dir, "bpf"), "bench")
 		time.Sleep(300 * time.Millisecond) // the kernel lets go of links in its own time
 		return err
 	}
@@ -154,7 +154,8 @@ func (s *site) policy() (func() error, error) {
 	if err == nil {
 		err = engine.Reconcile(ctx, live)
 	}
-	if err != nil {
+	cancel()
+	if err = errors.Join(err, <-ended); err != nil {
 		return nil, errors.Join(err, stop())
 	}
 	return stop, nil

@@ -5,7 +5,7 @@
 // new Datapath has empty tables; nothing is attached until Attach, which
 // replaces the program of a link that an earlier process pinned at one stroke,
 // so that there is no moment without a complete set of tables. Conntrack is
-// pinned and taken over. Links are pinned: programs and tables live on while
+// pinned and taken over, from another layout by copy. Links are pinned: programs and tables live on while
 // nothing of ours runs.
 //
 // Links are tcx from kernel 6.6 on, clsact filters before (5.16 and later).

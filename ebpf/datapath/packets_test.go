@@ -179,6 +179,14 @@ func TestErrors(t *testing.T) {
 	other.DstPort = 444
 	r.send("about another", flows.ToPod, 0, outside, 0, about(other), false)
 	r.send("echo", flows.ToPod, 0, outside, 0, frame.Packet{Src: world, Dst: a, Protocol: 1, ICMPType: 8}, false)
+	six, far := first[1], netip.MustParseAddr("2001:db8::9")
+	tooBig := func(port uint16) frame.Packet {
+		inner := tcp(six, far, 40000, port, 0)
+		return frame.Packet{Src: netip.MustParseAddr("2001:db8::fe"), Dst: six, Protocol: 58, ICMPType: 2, Payload: inner.Bytes()[14:]}
+	}
+	r.send("the flow, IPv6", flows.FromPod, 0, r.ifs[0], 0, tcp(six, far, 40000, 443, frame.SYN), true)
+	r.send("packet too big", flows.ToPod, 0, outside, 0, tooBig(443), true)
+	r.send("packet too big, of another", flows.ToPod, 0, outside, 0, tooBig(444), false)
 }
 
 // TestNotReady: until its word is active an endpoint's interface passes nothing

@@ -334,6 +334,28 @@ func TestClientCARotated(t *testing.T) {
 	}
 }
 
+// TestClientCARotatedAlone: without a bootstrap credential it is told where one
+// is looked for.
+func TestClientCARotatedAlone(t *testing.T) {
+	t.Parallel()
+	s := newSetup(t)
+	s.cfg.Addresses = nil
+	s.run(t)
+	s.untilHeld(t, "client")
+	aside := s.cfg.BootstrapKubeconfig + ".aside"
+	if err := os.Rename(s.cfg.BootstrapKubeconfig, aside); err != nil {
+		t.Fatal(err)
+	}
+	s.with(func() { s.clients = newAuthority(t, "next") })
+	if st := s.untilProblem(t, CredentialRefused); !strings.Contains(st.LastError, "put a bootstrap kubeconfig at "+s.cfg.BootstrapKubeconfig) {
+		t.Errorf("error %q", st.LastError)
+	}
+	if err := os.Rename(aside, s.cfg.BootstrapKubeconfig); err != nil {
+		t.Fatal(err)
+	}
+	until(t, "a certificate of the next CA", func() bool { return s.status("client").Issuer == "CN=next" })
+}
+
 // TestServerCARotated: told which file to change; changed, all goes on.
 func TestServerCARotated(t *testing.T) {
 	t.Parallel()

@@ -94,7 +94,7 @@ func New(cfg Config) (*Manager, error) {
 	}
 	m.client = m.rotator(clientKind)
 	m.client.want = func() *identity { id := nodeIdentity(cfg.NodeName); return &id }
-	m.client.onChange = func(p *Pair) { m.clientChanged() }
+	m.client.onChange = m.clientChanged
 	if cfg.Serving {
 		m.serving = m.rotator(servingKind)
 		m.serving.want = m.servingIdentity
@@ -108,7 +108,7 @@ func (m *Manager) rotator(k kind) *rotator {
 	r.now, r.base, r.log = m.cfg.Now, m.cfg.RetryPause, m.cfg.Log
 	r.owner = nodeIdentity(m.cfg.NodeName)
 	r.waitFor = func() string { return "" }
-	r.onChange = func(*Pair) { m.news() }
+	r.onChange = func(_, _ *Pair) { m.news() }
 	r.onFail = func(*Problem) { m.news() }
 	r.obtain = func(ctx context.Context, id identity) (*Pair, *Problem) { return m.obtain(ctx, r, id) }
 	return r
@@ -236,10 +236,16 @@ func (m *Manager) adoptEmbedded() {
 	m.client.adopt(p)
 }
 
-// clientChanged moves the node's connections to the newest certificate.
-func (m *Manager) clientChanged() {
+// clientChanged moves the node's connections to the newest certificate. Another
+// issuer than before means a new CA, and soon nobody trusts what the old one
+// issued for serving.
+func (m *Manager) clientChanged(before, now *Pair) {
 	m.useNewest()
-	if m.serving != nil {
+	switch {
+	case m.serving == nil:
+	case before != nil && !before.sameIssuer(now):
+		m.serving.renewSoon("the CA of the client certificate has changed")
+	default:
 		m.serving.poke()
 	}
 	m.news()

@@ -56,6 +56,12 @@ func (p *Pair) same(o *Pair) bool {
 	return p == o || p != nil && o != nil && bytes.Equal(p.tls.Certificate[0], o.tls.Certificate[0])
 }
 
+// sameIssuer says that one key has signed both; a new CA may have the old name.
+func (p *Pair) sameIssuer(o *Pair) bool {
+	a, b := p.Leaf(), o.Leaf()
+	return bytes.Equal(a.RawIssuer, b.RawIssuer) && bytes.Equal(a.AuthorityKeyId, b.AuthorityKeyId)
+}
+
 // newer says that p was issued after o, or lives longer.
 func (p *Pair) newer(o *Pair) bool {
 	return p.Leaf().NotBefore.After(o.Leaf().NotBefore) || p.Leaf().NotAfter.After(o.Leaf().NotAfter)

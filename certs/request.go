@@ -40,6 +40,7 @@ func (m *Manager) obtain(ctx context.Context, r *rotator, id identity) (*Pair, *
 				m.client.accepted()
 			} else {
 				m.client.refuse(p)
+				p.Advice += m.lacksBootstrap(p.Reason)
 			}
 		}
 		return nil, p
@@ -51,6 +52,15 @@ func (m *Manager) obtain(ctx context.Context, r *rotator, id identity) (*Pair, *
 		}
 	}
 	return pair, nil
+}
+
+// lacksBootstrap adds to the advice when only a bootstrap credential can help
+// and there is none.
+func (m *Manager) lacksBootstrap(r Reason) string {
+	if _, err := loadKubeconfig(m.cfg.BootstrapKubeconfig); r != CredentialRefused || !missing(err) {
+		return ""
+	}
+	return fmt.Sprintf("; put a bootstrap kubeconfig at %s (kubeadm token create, or copy it from another node), which gets a new one", m.cfg.BootstrapKubeconfig)
 }
 
 // credential is what a request is made with.

@@ -27,7 +27,7 @@ type rotator struct {
 	want     func() *identity // what to ask for; nil: not known yet
 	waitFor  func() string    // what has to come first; "": nothing
 	obtain   func(context.Context, identity) (*Pair, *Problem)
-	onChange func(*Pair) // a new one is in use
+	onChange func(before, now *Pair) // a new one is in use; before may be nil
 	onFail   func(*Problem)
 
 	held atomic.Pointer[Pair]
@@ -154,9 +154,9 @@ func (r *rotator) observe() {
 
 // adopt takes a pair into use.
 func (r *rotator) adopt(p *Pair) {
-	r.held.Store(p)
+	before := r.held.Swap(p)
 	r.log.Info("certificate in use", "certificate", r.kind.name, "pair", p, "renewal", renewAt(p).UTC().Format(time.RFC3339))
-	r.onChange(p)
+	r.onChange(before, p)
 }
 
 // save writes p to the files. A failure is told and tried again; p is used from
@@ -289,6 +289,14 @@ func (r *rotator) refuse(p *Problem) {
 	if first {
 		r.poke()
 	}
+}
+
+// renewSoon has the certificate renewed before its time.
+func (r *rotator) renewSoon(why string) {
+	r.mu.Lock()
+	r.state.asked = why
+	r.mu.Unlock()
+	r.poke()
 }
 
 // accepted notes that a call with the certificate went well, or that the

@@ -90,13 +90,22 @@ func socketName(path string) string {
 	return strings.ReplaceAll(fmt.Sprintf("cri-%x-%x-%s", st.Dev, st.Ino, path), ":", "_")
 }
 
-func rightsOf(files []*os.File) []byte {
+// rightsOf is the message that hands over the files' descriptors. It does not
+// call File.Fd, which makes a descriptor block, and with it the listener that
+// shares its description: Accept would sit in the kernel and Close wait for it.
+func rightsOf(files []*os.File) ([]byte, error) {
 	if len(files) == 0 {
-		return nil
+		return nil, nil
 	}
 	fds := make([]int, len(files))
 	for i, f := range files {
-		fds[i] = int(f.Fd())
+		conn, err := f.SyscallConn()
+		if err != nil {
+			return nil, err
+		}
+		if err := conn.Control(func(fd uintptr) { fds[i] = int(fd) }); err != nil {
+			return nil, err
+		}
 	}
-	return unix.UnixRights(fds...)
+	return unix.UnixRights(fds...), nil
 }

@@ -24,13 +24,17 @@ func sdNotify(state string, keep ...*os.File) error {
 	if path == "" {
 		return nil
 	}
+	rights, err := rightsOf(keep)
+	if err != nil {
+		return fmt.Errorf("notify the service manager: %w", err)
+	}
 	fd, err := unix.Socket(unix.AF_UNIX, unix.SOCK_DGRAM|unix.SOCK_CLOEXEC, 0)
 	if err != nil {
 		return fmt.Errorf("notify the service manager: %w", err)
 	}
 	defer unix.Close(fd)
 	// x/sys takes "@" for the abstract namespace, as systemd does.
-	if err := unix.Sendmsg(fd, []byte(state), rightsOf(keep), &unix.SockaddrUnix{Name: path}, 0); err != nil {
+	if err := unix.Sendmsg(fd, []byte(state), rights, &unix.SockaddrUnix{Name: path}, 0); err != nil {
 		return fmt.Errorf("notify the service manager on %s: %w", path, err)
 	}
 	return nil

@@ -19,6 +19,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/nodeagent/nodeagent/cri"
+
 	"github.com/nodeagent/nodeagent/cri/images"
 )
 
@@ -356,8 +358,41 @@ func TestNotify(t *testing.T) {
 		t.Fatalf("%v %v", fds, err)
 	}
 	unix.Close(fds[0])
+	testStillCloses(t)
 	t.Setenv("NOTIFY_SOCKET", "")
 	if err := sdNotify("READY=1"); err != nil {
 		t.Errorf("without a manager: %v", err)
+	}
+}
+
+// testStillCloses: a listener that the manager keeps ends its Accept when it is
+// closed.
+func testStillCloses(t *testing.T) {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "kept")
+	ln, err := cri.Listen(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	k := &keptSocket{notify: sdNotify}
+	if err := k.keep(ln.(*net.UnixListener), path); err != nil {
+		t.Fatal(err)
+	}
+	raw, err := ln.(*net.UnixListener).SyscallConn()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var flags int
+	if err := raw.Control(func(fd uintptr) { flags, err = unix.FcntlInt(fd, unix.F_GETFL, 0) }); err != nil {
+		t.Fatal(err)
+	}
+	if err != nil || flags&unix.O_NONBLOCK == 0 {
+		t.Fatalf("the kept listener blocks: flags %#x, %v", flags, err)
+	}
+	done := make(chan error, 1)
+	go func() { _, err := ln.Accept(); done <- err }()
+	ln.Close()
+	if err := <-done; !errors.Is(err, net.ErrClosed) {
+		t.Errorf("accept on a closed listener: %v", err)
 	}
 }

@@ -92,7 +92,7 @@ func (d *Datapath) Seed(ifindex int, list []Flow) error {
 	return errors.Join(errs...)
 }
 
-// jiffies is the programs' clock, but for its highest bit.
+// jiffies is the programs' clock.
 func (d *Datapath) jiffies() (uint32, error) {
 	now, err := d.objs.NaClock.Run(&ciliumebpf.RunOptions{Data: make([]byte, 14)})
 	if err != nil {
@@ -160,11 +160,11 @@ func collect[K ctKey](d *Datapath, w *collector, m *ciliumebpf.Map, mode, now ui
 	}
 	var dead, gone []K
 	for i, k := range keys[:n] {
-		age := (now - values[i].Last) & 0x7fffffff
+		age := now - values[i].Last
 		switch {
 		case !here[k.where()>>8]:
 			gone = append(gone, k)
-		case age > values[i].timeout(uint8(k.where()))*d.hz && age < 1<<30: // else it is younger than now
+		case age > values[i].timeout(uint8(k.where()))*d.hz && age < 1<<31: // else it is younger than now
 			dead = append(dead, k)
 		default:
 			w.seen++

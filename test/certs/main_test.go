@@ -25,8 +25,9 @@ import (
 	"github.com/nodeagent/nodeagent/test/cluster"
 )
 
-// life is that of every certificate here.
-const life = time.Minute
+// life is that of every certificate here: short enough for real rotations, and
+// long enough that a busy machine can stall for 9 s, a tenth, while one is due.
+const life = 90 * time.Second
 
 var once struct {
 	sync.Mutex

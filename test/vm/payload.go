@@ -89,7 +89,15 @@ func addTests(ctx context.Context, dir string, t goTest) error {
 			return err
 		}
 		for _, f := range found {
-			if err := command(ctx, "cp", "-r", f, to); err != nil {
+			rel, err := filepath.Rel(t.pkg, f)
+			if err != nil {
+				return err
+			}
+			dir := filepath.Dir(filepath.Join(to, rel)) // "../lab" is beside the package there too
+			if err := os.MkdirAll(dir, 0o755); err != nil {
+				return err
+			}
+			if err := command(ctx, "cp", "-r", f, dir); err != nil {
 				return err
 			}
 		}

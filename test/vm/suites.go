@@ -79,7 +79,7 @@ func suites() []testSuite {
 		{"all-systemd", 1, []step{endToEnd("all end to end, systemd driver", "systemd", ".", 5400)}},
 		{"all-cgroupfs", 1, []step{endToEnd("all end to end, cgroupfs driver", "cgroupfs", ".", 5400)}},
 		{"policy", 1, []step{
-			{"policy programs on this kernel", 2400, &goTest{pkg: "ebpf/datapath", run: ".", flags: "-test.short"}},
+			{"policy programs on this kernel", 2400, &goTest{pkg: "ebpf/datapath", run: ".", flags: "-test.short", files: []string{"../lab/testdata"}}},
 			{"policy between network namespaces", 1800, &goTest{pkg: "ebpf", run: ".", flags: "-test.short"}},
 		}},
 		{"purge", 1, []step{guest("removal and purge", "^TestPurge$", 600)}},

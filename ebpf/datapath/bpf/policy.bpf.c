@@ -1117,9 +1117,11 @@ int na_collect(struct __sk_buff *skb)
 	return gone;
 }
 
-/* Run once by the loader, which learns from it how many jiffies a second has. */
+/* Run by the loader: the clock that the programs read. All 32 bits: jiffies
+ * begin five minutes before they wrap (INITIAL_JIFFIES, linux/jiffies.h), so
+ * the highest is set on a host that has just booted. */
 SEC("tc")
 int na_clock(struct __sk_buff *skb)
 {
-	return (__u32)bpf_jiffies64() & 0x7fffffff;
+	return (__u32)bpf_jiffies64();
 }

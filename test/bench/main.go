@@ -130,11 +130,11 @@ func run(ctx context.Context, o options) (err error) {
 		fmt.Fprintf(os.Stderr, "== %s\n", p.title)
 		t := time.Now()
 		if e := p.run(b, ctx); e != nil {
-			// The other parts' figures are still worth having.
+			// The other parts' figures are still worth having, those until an interruption too.
 			e = fmt.Errorf("%s: %w", p.name, e)
 			fmt.Fprintln(os.Stderr, "   failed:", e)
 			if err = errors.Join(err, e); ctx.Err() != nil {
-				return err
+				break
 			}
 		}
 		fmt.Fprintf(os.Stderr, "   %.1fs\n", time.Since(t).Seconds())

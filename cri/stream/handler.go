@@ -207,6 +207,7 @@ func (s *Server) servePortForward(w http.ResponseWriter, r *http.Request, reques
 	p := request.(*runtimeapi.PortForwardRequest)
 	to := forwarder(func(port int32, stream io.ReadWriteCloser) error {
 		// The protocol's context knows nothing of the request.
+		defer settle(r.Context(), time.Now())
 		return s.portForward(r.Context(), p.GetPodSandboxId(), port, stream)
 	})
 	serve := func(w http.ResponseWriter, r *http.Request) {
@@ -217,6 +218,20 @@ func (s *Server) servePortForward(w http.ResponseWriter, r *http.Request, reques
 		return
 	}
 	serve(w, r)
+}
+
+// forwardMin is how long a forward lasts at least. cri-streaming (v0.37.2) acknowledges
+// a stream beside forwarding it, and ends it without looking whether it has: a
+// stream that ended first (refused at once, say) is reset before its
+// acknowledgement, or its client waits 30 s for that.
+const forwardMin = 50 * time.Millisecond
+
+// settle waits until forwardMin after begin.
+func settle(ctx context.Context, begin time.Time) {
+	select {
+	case <-time.After(forwardMin - time.Since(begin)):
+	case <-ctx.Done():
+	}
 }
 
 // forwarder is portforward.PortForwarder.

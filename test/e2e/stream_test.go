@@ -449,40 +449,48 @@ func TestPortForward(t *testing.T) {
 		}
 		conn := upgrade(t, rt, forward(t), "portforward.k8s.io")
 		defer conn.Close()
-		pair := func(port, id int) (data, errs httpstream.Stream) {
+		// forwardOne sends text to a port and returns what comes back from there
+		// and on the stream for errors.
+		forwardOne := func(port, id int, text string) (got, problem string, err error) {
 			h := http.Header{}
 			h.Set("port", fmt.Sprint(port))
 			h.Set("requestID", fmt.Sprint(id))
 			h.Set("streamType", "error")
 			errs, err := conn.CreateStream(h)
 			if err != nil {
-				t.Fatal(err)
+				return "", "", err
 			}
 			errs.Close()
 			h.Set("streamType", "data")
-			if data, err = conn.CreateStream(h); err != nil {
-				t.Fatal(err)
+			data, err := conn.CreateStream(h)
+			if err != nil {
+				return "", "", err
 			}
-			return data, errs
+			data.Write([]byte(text))
+			data.Close()
+			b, _ := io.ReadAll(data)
+			e, _ := io.ReadAll(errs)
+			return string(b), string(e), nil
 		}
-		for id := range 3 {
+		id := 0
+		for range 3 {
 			eventually(t, 5*time.Second, func() error {
-				data, errs := pair(8123, id)
-				data.Write([]byte("\n"))
-				data.Close()
-				b, _ := io.ReadAll(data)
-				if e, _ := io.ReadAll(errs); len(e) > 0 {
-					return errors.New(string(e))
+				id++
+				got, problem, err := forwardOne(8123, id, "\n")
+				if err == nil && (got != "hello-fwd\n" || problem != "") {
+					err = fmt.Errorf("got %q and %q", got, problem)
 				}
-				if string(b) != "hello-fwd\n" {
-					return fmt.Errorf("got %q", b)
-				}
-				return nil
+				return err
 			})
 		}
-		_, errs := pair(8124, 99)
-		b, _ := io.ReadAll(errs)
-		contains(t, "error of a port where nobody listens", string(b), "8124")
+		eventually(t, 5*time.Second, func() error {
+			id++
+			_, problem, err := forwardOne(8124, id, "")
+			if err == nil && !strings.Contains(problem, "8124") {
+				err = fmt.Errorf("a port where nobody listens: error %q does not name it", problem)
+			}
+			return err
+		})
 	})
 	t.Run("websocket", func(t *testing.T) {
 		eventually(t, 5*time.Second, func() error {

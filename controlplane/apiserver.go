@@ -39,6 +39,8 @@ func runAPIServer(ctx context.Context, cfg config, listener net.Listener) error 
 	s.Etcd.EncryptionProviderConfigFilepath = encryptionFile
 	s.ServiceClusterIPRanges = serviceCIDRs
 	s.AllowPrivileged = true
+	// Otherwise a stop waits a minute for clients to end their watches.
+	s.GenericServerRunOptions.ShutdownWatchTerminationGracePeriod = 2 * time.Second
 
 	s.Authentication.ClientCert.ClientCA = "pki/ca.crt"
 	s.Authentication.BootstrapToken.Enable = true

@@ -163,6 +163,9 @@ func TestSecondInstance(t *testing.T) {
 	})
 	t.Run("stop", func(t *testing.T) {
 		pid := c.PID()
+		open, err := clientset(t, c.Admin).CoreV1().ConfigMaps("default").Watch(t.Context(), meta.ListOptions{})
+		check(t, err)
+		defer open.Stop() // a watch that its client does not end does not hold the server up
 		check(t, syscall.Kill(pid, syscall.SIGTERM))
 		c.Stop(t) // fails if it did not end, or not well
 		if err := syscall.Kill(-pid, 0); !errors.Is(err, syscall.ESRCH) {

@@ -647,7 +647,7 @@ func TestSCTP(t *testing.T) {
 		t.Fatal(err)
 	}
 	buf := make([]byte, 100)
-	_ = in.SetReadDeadline(time.Now().Add(2 * time.Second))
+	_ = in.SetReadDeadline(time.Now().Add(30 * time.Second))
 	got, _, err := in.ReadFrom(buf)
 	if err != nil || got != len(init) || binary.BigEndian.Uint16(buf[2:]) != 1000 {
 		t.Errorf("%d bytes % x, %v", got, buf[:got], err)

@@ -135,7 +135,7 @@ func serveWith(t *testing.T, c Config, rt *processes) *Server {
 			if err != nil {
 				t.Errorf("run: %v", err)
 			}
-		case <-time.After(10 * time.Second):
+		case <-time.After(time.Minute):
 			buf := make([]byte, 1<<20)
 			t.Fatalf("Run does not end:\n%s", buf[:runtime.Stack(buf, true)])
 		}
@@ -732,7 +732,7 @@ func TestPortForwardClientGone(t *testing.T) {
 	}
 	defer pod.Close()
 	conn.Close()
-	_ = pod.SetReadDeadline(time.Now().Add(5 * time.Second))
+	_ = pod.SetReadDeadline(time.Now().Add(time.Minute))
 	if _, err := io.ReadAll(pod); errors.Is(err, os.ErrDeadlineExceeded) {
 		t.Error("the connection into the pod stays open")
 	}

@@ -84,7 +84,7 @@ func TestDirFollows(t *testing.T) {
 				if len(o.Policies.Put) == n {
 					return
 				}
-			case <-time.After(5 * time.Second):
+			case <-time.After(time.Minute):
 				t.Fatalf("%s: never %d policies", what, n)
 			}
 		}

@@ -69,7 +69,7 @@ func main() {
 	flag.StringVar(&o.out, "out", "bench-results.json", "`file` for the figures as JSON")
 	flag.StringVar(&o.daemon, "nodeagent", "", "the nodeagent `binary`, default bin/nodeagent of this repository")
 	flag.IntVar(&o.rounds, "rounds", 40, "pod starts and execs measured one by one")
-	flag.IntVar(&o.batches, "batches", 2, "repetitions of each 50-pod batch; the median counts")
+	flag.IntVar(&o.batches, "batches", 1, "repetitions of each 50-pod batch; the median counts")
 	flag.Func("pods", "comma-separated `numbers` of pods to climb to (default 10,50,200)", func(s string) error {
 		for _, f := range strings.Split(s, ",") {
 			n, err := strconv.Atoi(f)

@@ -1,7 +1,6 @@
 package certs
 
 import (
-	"context"
 	"crypto/tls"
 	"crypto/x509"
 	"encoding/json"
@@ -33,17 +32,7 @@ type daemon struct {
 
 func startDaemon(t *testing.T, c *cluster.Cluster, name string) *daemon {
 	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("needs root")
-	}
-	binary, err := node.Binary()
-	if err != nil {
-		t.Skip(err)
-	}
-	dir, err := os.MkdirTemp("", "nacert") // a short path: sockets are below it
-	if err != nil {
-		t.Fatal(err)
-	}
+	dir := t.TempDir()
 	ca := filepath.Join(dir, "ca.crt")
 	if err := os.WriteFile(ca, c.Admin.CAData, 0o600); err != nil {
 		t.Fatal(err)
@@ -51,18 +40,7 @@ func startDaemon(t *testing.T, c *cluster.Cluster, name string) *daemon {
 	d := &daemon{name: name, addr: freePort(t), certDir: filepath.Join(dir, "pki")}
 	extra := fmt.Sprintf("node:\n  mode: certificates\n  name: %s\n  kubeconfig: %s\n  bootstrapKubeconfig: %s\n  certDir: %s\n  listen: %q\n  clientCAFile: %s",
 		name, filepath.Join(dir, "kubelet.conf"), c.Kubeconfigs["bootstrap"], d.certDir, d.addr, ca)
-	d.Node, err = node.Start(t.Context(), node.Config{Dir: dir, Binary: binary, Name: fmt.Sprintf("ce%d", os.Getpid()%100000), Extra: extra})
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if t.Failed() {
-			t.Log(d.LogTail(60))
-		}
-		if err := d.Destroy(context.Background()); err != nil {
-			t.Error(err)
-		}
-	})
+	d.Node = node.StartTest(t, node.Config{Extra: extra})
 	return d
 }
 

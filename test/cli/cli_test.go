@@ -5,7 +5,6 @@ package cli
 
 import (
 	"bytes"
-	"context"
 	"fmt"
 	"io"
 	"net"
@@ -22,37 +21,10 @@ import (
 	"github.com/nodeagent/nodeagent/test/registry"
 )
 
-// start runs a daemon with the environment given and checks at the end that
-// it leaves nothing.
+// start runs a daemon with the environment given.
 func start(t *testing.T, env ...string) *node.Node {
 	t.Helper()
-	return startWith(t, node.Config{Env: env})
-}
-
-func startWith(t *testing.T, c node.Config) *node.Node {
-	t.Helper()
-	if os.Geteuid() != 0 {
-		t.Skip("needs root")
-	}
-	binary, err := node.Binary()
-	if err != nil {
-		t.Skip(err)
-	}
-	dir, err := os.MkdirTemp("", "nacli") // a short path: sockets are below it
-	if err != nil {
-		t.Fatal(err)
-	}
-	c.Dir, c.Binary, c.Name = dir, binary, fmt.Sprintf("cl%d", os.Getpid()%100000)
-	n, err := node.Start(t.Context(), c)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if err := n.Destroy(context.Background()); err != nil {
-			t.Error(err)
-		}
-	})
-	return n
+	return node.StartTest(t, node.Config{Env: env})
 }
 
 // nodeagent runs a command against n's daemon.
@@ -220,7 +192,7 @@ func TestMetrics(t *testing.T) {
 	}
 	addr := free.Addr().String()
 	free.Close()
-	startWith(t, node.Config{Extra: "metrics:\n  address: " + addr})
+	node.StartTest(t, node.Config{Extra: "metrics:\n  address: " + addr})
 	var body []byte
 	for deadline := time.Now().Add(10 * time.Second); ; time.Sleep(20 * time.Millisecond) {
 		resp, err := http.Get("http://" + addr + "/metrics")
@@ -249,7 +221,7 @@ func TestStoppedWhileStarting(t *testing.T) {
 		if err := n.Stop(); err != nil {
 			t.Fatal(err)
 		}
-		if left := n.WaitNoLeaks(node.Leaks{}, 5*time.Second); left != "" {
+		if left := n.WaitNoLeaks(node.Leaks{}); left != "" {
 			t.Fatalf("left behind:\n%s", left)
 		}
 		if err := n.Launch(); err != nil {
@@ -273,7 +245,7 @@ func TestStopsCleanly(t *testing.T) {
 	if s := n.ExitState(); s.ExitCode() != 0 {
 		t.Errorf("exit %s\n%s", s, n.LogTail(10))
 	}
-	if left := n.WaitNoLeaks(node.Leaks{}, 5*time.Second); left != "" {
+	if left := n.WaitNoLeaks(node.Leaks{}); left != "" {
 		t.Errorf("left behind:\n%s", left)
 	}
 }

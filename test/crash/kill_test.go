@@ -88,7 +88,7 @@ func randomKills(t *testing.T, d time.Duration, kill func(*testing.T, *rig)) {
 		t.Error("no pod was made")
 	}
 	witness.goesOn(t)
-	if l := r.WaitNoLeaks(base, 10*time.Second); l != "" {
+	if l := r.WaitNoLeaks(base); l != "" {
 		t.Errorf("left behind:\n%s", l)
 	}
 	a, err := call(r.Runtime().ListPodSandbox, &runtimeapi.ListPodSandboxRequest{})
@@ -219,7 +219,7 @@ func TestShimKilled(t *testing.T) {
 	}
 	check(t, pods)
 	inHostNamespaces(t, serving(r))
-	if l := r.WaitNoLeaks(base, 10*time.Second); l != "" {
+	if l := r.WaitNoLeaks(base); l != "" {
 		t.Errorf("left behind:\n%s", l)
 	}
 }
@@ -255,7 +255,7 @@ func TestShimKilledOften(t *testing.T) {
 		}
 	}
 	check(t, pods)
-	if l := r.WaitNoLeaks(base, 10*time.Second); l != "" {
+	if l := r.WaitNoLeaks(base); l != "" {
 		t.Errorf("left behind:\n%s", l)
 	}
 }
@@ -270,7 +270,7 @@ func TestDaemonAndShimKilled(t *testing.T) {
 	time.Sleep(300 * time.Millisecond)
 	r.restart(t)
 	check(t, pods)
-	if l := r.WaitNoLeaks(base, 10*time.Second); l != "" {
+	if l := r.WaitNoLeaks(base); l != "" {
 		t.Errorf("left behind:\n%s", l)
 	}
 }
@@ -299,7 +299,7 @@ func TestAllOursKilled(t *testing.T) {
 		}
 		must(t, "removal", p.down())
 	}
-	if l := r.WaitNoLeaks(base, 10*time.Second); l != "" {
+	if l := r.WaitNoLeaks(base); l != "" {
 		t.Errorf("left behind:\n%s", l)
 	}
 }

@@ -103,24 +103,9 @@ func start(t *testing.T, change func(*node.Config)) *rig {
 	if change != nil {
 		change(&c)
 	}
+	r.Node = node.StartTest(t, c)
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
-	n, err := node.Start(ctx, c)
-	if err != nil {
-		t.Fatal(err)
-	}
-	r.Node = n
-	t.Cleanup(func() {
-		if t.Failed() {
-			t.Logf("the daemon's log ends:\n%s", n.LogTail(60))
-		}
-		if os.Getenv("KEEP") != "" && t.Failed() {
-			return
-		}
-		if err := n.Destroy(context.Background()); err != nil {
-			t.Error(err)
-		}
-	})
 	if err := r.pull(ctx); err != nil {
 		t.Fatal(err)
 	}

@@ -76,7 +76,7 @@ func TestPhases(t *testing.T) {
 				err := c.do(p)
 				select {
 				case <-r.Done():
-				case <-time.After(3 * time.Second):
+				case <-time.After(30 * time.Second):
 				}
 				if !r.disarm() {
 					t.Errorf("the phase was never logged (the call: %v)", err)
@@ -94,7 +94,7 @@ func TestPhases(t *testing.T) {
 				}
 				witness.goesOn(t)
 				must(t, "removal", p.down())
-				if l := r.WaitNoLeaks(base, 5*time.Second); l != "" {
+				if l := r.WaitNoLeaks(base); l != "" {
 					t.Errorf("left behind:\n%s", l)
 				}
 			})
@@ -117,7 +117,7 @@ func exits(t *testing.T, r *rig) {
 			must(t, "start", p.up())
 			select {
 			case <-r.Done():
-			case <-time.After(5 * time.Second):
+			case <-time.After(30 * time.Second):
 			}
 			if !r.disarm() {
 				t.Fatal("the phase was never logged")

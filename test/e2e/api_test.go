@@ -215,7 +215,7 @@ func TestCancel(t *testing.T) {
 	}
 	// A reply may be lost although the pod was made: the kubelet asks again by
 	// listing. Nothing but complete pods may be left.
-	eventually(t, 10*time.Second, func() error {
+	eventually(t, func() error {
 		l, err := shared.Runtime().ListPodSandbox(context.Background(), &runtimeapi.ListPodSandboxRequest{})
 		if err != nil {
 			return err
@@ -228,7 +228,7 @@ func TestCancel(t *testing.T) {
 		}
 		return nil
 	})
-	if l := shared.WaitNoLeaks(before, 10*time.Second); l != "" {
+	if l := shared.WaitNoLeaks(before); l != "" {
 		t.Errorf("abandoned creations left:\n%s", l)
 	}
 }
@@ -365,7 +365,7 @@ func TestEvents(t *testing.T) {
 					t.Errorf("event is %v old", late)
 				}
 			}
-		case <-time.After(5 * time.Second):
+		case <-time.After(patience):
 			t.Fatalf("events so far: %v, want created, started, stopped, deleted", got)
 		}
 	}

@@ -72,7 +72,7 @@ func apiPod(t *testing.T, client kubernetes.Interface, ns, name string) *core.Po
 		}}},
 	}}
 	var made *core.Pod
-	eventually(t, time.Minute, func() (err error) { // until the namespace has its service account
+	eventually(t, func() (err error) { // until the namespace has its service account
 		made, err = client.CoreV1().Pods(ns).Create(t.Context(), p, meta.CreateOptions{})
 		return err
 	})
@@ -122,7 +122,7 @@ func TestPolicyFromAPIServer(t *testing.T) {
 	raw, err := os.ReadFile(watcherKubeconfig(t, c, client))
 	must(t, err)
 	must(t, os.WriteFile(kubeconfig, raw, 0o600))
-	eventually(t, time.Minute, func() error {
+	eventually(t, func() error {
 		out, err := n.policy(t, "list")
 		if err != nil || !bytes.Contains([]byte(out), []byte("shop/web")) {
 			return fmt.Errorf("%v\n%s", err, out)
@@ -163,7 +163,7 @@ func TestPolicyFromAPIServer(t *testing.T) {
 		must(t, err)
 		return bytes.Count(log, []byte(text))
 	}
-	eventually(t, 2*time.Minute, func() error {
+	eventually(t, func() error {
 		if told(silent) == 0 {
 			return fmt.Errorf("the outage is not told")
 		}

@@ -154,8 +154,8 @@ func TestDescriptorsExhausted(t *testing.T) {
 	if err == nil {
 		(&pod{node: n, id: r.PodSandboxId, config: cfg}).remove(t)
 	}
-	eventually(t, 10*time.Second, func() error {
-		ctx, cancel := context.WithTimeout(context.Background(), time.Second)
+	eventually(t, func() error {
+		ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
 		defer cancel()
 		_, err := n.Runtime().Version(ctx, &runtimeapi.VersionRequest{})
 		return err
@@ -299,7 +299,7 @@ func TestDiskFull(t *testing.T) {
 		t.Errorf("pull with space again: %v", err)
 	}
 	alive(t, n)
-	if l := n.WaitNoLeaks(empty, 10*time.Second); l != "" {
+	if l := n.WaitNoLeaks(empty); l != "" {
 		t.Errorf("left behind:\n%s", l)
 	}
 }
@@ -418,7 +418,7 @@ func TestIPAMChurn(t *testing.T) {
 		}
 	}
 	keep.remove(t)
-	if l := n.WaitNoLeaks(before, 10*time.Second); l != "" {
+	if l := n.WaitNoLeaks(before); l != "" {
 		t.Errorf("left behind:\n%s", l)
 	}
 }
@@ -468,7 +468,7 @@ func TestNoDescriptorLeak(t *testing.T) {
 	for range 15 {
 		cycle()
 	}
-	eventually(t, 10*time.Second, func() error {
+	eventually(t, func() error {
 		if d, s := shared.FDs(), shims(); d > daemon+3 || s > shim+3 {
 			return fmt.Errorf("descriptors: daemon %d, was %d; shim %d, was %d", d, daemon, s, shim)
 		}

@@ -206,7 +206,7 @@ func checkCounter(t testing.TB, lines []string, first, last int) {
 func TestLogReopen(t *testing.T) {
 	p := runPod(t)
 	c := p.run(t, script(`trap 'exit 0' TERM; i=0; while :; do i=$((i+1)); echo $i; sleep 0.01; done`))
-	eventually(t, 5*time.Second, func() error {
+	eventually(t, func() error {
 		if f, err := os.Stat(c.logPath()); err != nil || f.Size() == 0 {
 			return fmt.Errorf("no log yet: %v", err)
 		}

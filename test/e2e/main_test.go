@@ -17,7 +17,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 
@@ -100,7 +99,7 @@ func run(m *testing.M) (code int) {
 		fail(fmt.Errorf("remove what tests left: %w", err))
 		code = 1
 	}
-	if leaks := shared.WaitNoLeaks(before, 10*time.Second); leaks != "" {
+	if leaks := shared.WaitNoLeaks(before); leaks != "" {
 		fail(fmt.Errorf("the tests are over and the shared daemon holds more than at the start:\n%s", leaks))
 		code = 1
 	}

@@ -68,14 +68,14 @@ func TestNetwork(t *testing.T) {
 	a.run(t, echoServer(8080))
 	client := b.run(t)
 	for _, ip := range []netip.Addr{a4, a6} {
-		eventually(t, 5*time.Second, func() error {
+		eventually(t, func() error {
 			got, err := dialEcho(netip.AddrPortFrom(ip, 8080).String())
 			if err == nil && got != "hello-alpha" {
 				err = fmt.Errorf("got %q", got)
 			}
 			return err
 		})
-		eventually(t, 5*time.Second, func() error {
+		eventually(t, func() error {
 			r := client.execSync(t, "/bin/sh", "-c", fmt.Sprintf("echo | nc -w 2 %s 8080", ip))
 			if got := strings.TrimSpace(string(r.Stdout)); got != "hello-alpha" {
 				return fmt.Errorf("from the other pod to %s: %q %q", ip, got, r.Stderr)
@@ -119,7 +119,7 @@ func TestPortMappings(t *testing.T) {
 	})
 	p.run(t, echoServer(8080))
 	for _, addr := range []string{fmt.Sprintf("127.0.0.1:%d", any), fmt.Sprintf("[::1]:%d", any), fmt.Sprintf("127.0.0.1:%d", local), fmt.Sprintf("[::1]:%d", six)} {
-		eventually(t, 5*time.Second, func() error {
+		eventually(t, func() error {
 			got, err := dialEcho(addr)
 			if err == nil && got != "hello-mapped" {
 				err = fmt.Errorf("got %q", got)
@@ -135,7 +135,7 @@ func TestPortMappings(t *testing.T) {
 	}
 	v4, _ := p.ips(t)
 	if host := hostAddr(v4); host != "" {
-		eventually(t, 5*time.Second, func() error { // nc takes one connection at a time
+		eventually(t, func() error { // nc takes one connection at a time
 			got, err := dialEcho(fmt.Sprintf("%s:%d", host, any))
 			if err == nil && got != "hello-mapped" {
 				err = fmt.Errorf("got %q", got)
@@ -147,7 +147,7 @@ func TestPortMappings(t *testing.T) {
 		}
 	}
 	p.run(t, command("/bin/testtool", "serve", "-udp", ":9000"))
-	eventually(t, 5*time.Second, func() error {
+	eventually(t, func() error {
 		c, err := net.Dial("udp", fmt.Sprintf("127.0.0.1:%d", udp))
 		if err != nil {
 			return err
@@ -203,7 +203,7 @@ func TestCNIConflist(t *testing.T) {
 		t.Errorf("pod IP %v is not from the conflist's range", v4)
 	}
 	p.run(t, echoServer(8080))
-	eventually(t, 5*time.Second, func() error { _, err := dialEcho(netip.AddrPortFrom(v4, 8080).String()); return err })
+	eventually(t, func() error { _, err := dialEcho(netip.AddrPortFrom(v4, 8080).String()); return err })
 	leases := func() []string {
 		f, _ := filepath.Glob(filepath.Join(dir, "ipam", bridge, "10.*"))
 		return f
@@ -211,7 +211,7 @@ func TestCNIConflist(t *testing.T) {
 	equal(t, "addresses in use", len(leases()), 1)
 	p.remove(t)
 	equal(t, "addresses in use after removal", len(leases()), 0)
-	if l := n.WaitNoLeaks(before, 5*time.Second); l != "" {
+	if l := n.WaitNoLeaks(before); l != "" {
 		t.Errorf("left behind:\n%s", l)
 	}
 	s, err := n.Runtime().Status(callCtx(t), &runtimeapi.StatusRequest{})
@@ -282,7 +282,7 @@ esac
 	_, err := n.Runtime().RunPodSandbox(callCtx(t), &runtimeapi.RunPodSandboxRequest{Config: podConfig(t)})
 	wantCode(t, "a network that fails", err, codes.Unavailable)
 	contains(t, "error", fmt.Sprint(err), "the switch is on fire")
-	if l := n.WaitNoLeaks(before, 5*time.Second); l != "" {
+	if l := n.WaitNoLeaks(before); l != "" {
 		t.Errorf("left behind:\n%s", l)
 	}
 }

@@ -25,20 +25,9 @@ func ownNode(t testing.TB, change func(*node.Config)) *node.Node {
 	if change != nil {
 		change(&c)
 	}
+	n := node.StartTest(t, c)
 	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
 	defer cancel()
-	n, err := node.Start(ctx, c)
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		if t.Failed() {
-			t.Logf("the daemon's log ends:\n%s", n.LogTail(40))
-		}
-		if err := n.Destroy(context.Background()); err != nil {
-			t.Error(err)
-		}
-	})
 	if _, err := pull(ctx, n, busybox); err != nil {
 		t.Fatal(err)
 	}

@@ -55,7 +55,7 @@ func (p *policed) set(t *testing.T, text string) {
 		t.Fatal(err)
 	}
 	want := regexp.MustCompile(`(?m)^metadata: \{name: (\S+), namespace: (\S+)\}`).FindAllStringSubmatch(text, -1)
-	eventually(t, time.Minute, func() error {
+	eventually(t, func() error {
 		list, _ := p.policy(t, "list")
 		found := regexp.MustCompile(`(?m)^\w+/\S+`).FindAllString(list, -1)
 		if len(found) != len(want) {
@@ -94,7 +94,7 @@ func echoBoth() containerOption {
 // truth waits until exactly the pairs "from to" reach each other.
 func truth(t *testing.T, what string, clients map[string]*container, to map[string]netip.Addr, allowed ...string) {
 	t.Helper()
-	eventually(t, time.Minute, func() error {
+	eventually(t, func() error {
 		for from, c := range clients {
 			for name, ip := range to {
 				pair := from + " " + name
@@ -251,7 +251,7 @@ func (p *policed) metrics(t *testing.T) {
 	if addr == nil {
 		t.Fatalf("no address of metrics in the log")
 	}
-	eventually(t, time.Minute, func() error {
+	eventually(t, func() error {
 		resp, err := http.Get(fmt.Sprintf("http://%s/metrics", addr[1]))
 		if err != nil {
 			return err
@@ -314,7 +314,7 @@ func locked(t *testing.T, n *policed, count int, next func(first netip.Addr, i i
 		knock = append(knock, netip.AddrPortFrom(next(first, i+1), 9001).String())
 	}
 	knocks := knocker.run(t, command(knock...))
-	eventually(t, time.Minute, func() error {
+	eventually(t, func() error {
 		if !strings.Contains(listener.text(t)+knocks.text(t), "meeting") {
 			return fmt.Errorf("not yet there")
 		}
@@ -337,7 +337,7 @@ func locked(t *testing.T, n *policed, count int, next func(first netip.Addr, i i
 			t.Fatal(errs[i])
 		}
 	}
-	eventually(t, time.Minute, func() error { // all have sent for a while
+	eventually(t, func() error { // all have sent for a while
 		for _, c := range started {
 			if !strings.Contains(c.text(t), "meeting") {
 				return fmt.Errorf("a pod does not run yet: %q", c.text(t))
@@ -373,7 +373,7 @@ func locked(t *testing.T, n *policed, count int, next func(first netip.Addr, i i
 		t.Errorf("%d packets came through:\n%s", len(l), strings.Join(l, "\n"))
 	}
 	n.set(t, "")
-	eventually(t, time.Minute, func() error { // and this test would have seen them
+	eventually(t, func() error { // and this test would have seen them
 		got := strings.Join(through(), "\n")
 		for _, w := range []string{"the listener: heard tcp", "the listener: heard udp", "the knocker: answer tcp", "a locked pod: heard", "heard udp " + first.String()} {
 			if !strings.Contains(got, w) {

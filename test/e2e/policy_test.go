@@ -8,7 +8,6 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
-	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -61,7 +60,7 @@ spec:
 	want := func(what string, allowed, denied string) {
 		t.Helper()
 		for _, to := range []netip.Addr{v4, v6} {
-			eventually(t, 10*time.Second, func() error {
+			eventually(t, func() error {
 				if !reaches(allowed, to) {
 					return fmt.Errorf("%s: %s does not reach %s", what, allowed, to)
 				}

@@ -126,7 +126,7 @@ func TestKilledFromOutside(t *testing.T) {
 	seconds := strconv.Itoa(919191 + os.Getpid()) // ours, whoever else tests here
 	c := p.run(t, command("/bin/sleep", seconds))
 	// The start returns when the process is let go, just before it becomes sleep.
-	eventually(t, 10*time.Second, func() error {
+	eventually(t, func() error {
 		pids := node.ProcessesNaming("sleep " + seconds)
 		if len(pids) == 0 {
 			return fmt.Errorf("no process sleep %s", seconds)
@@ -236,20 +236,20 @@ func TestStop(t *testing.T) {
 			if err != nil {
 				t.Errorf("first stop: %v", err)
 			}
-		case <-time.After(3 * time.Second):
+		case <-time.After(patience):
 			t.Error("the first stop still waits")
 		}
 	})
 	t.Run("children die too", func(t *testing.T) {
 		c := p.run(t, script(`setsid sleep 987654 & setsid sleep 987653 & sleep 1000 & wait`))
-		eventually(t, 5*time.Second, func() error {
+		eventually(t, func() error {
 			if len(node.ProcessesNaming("sleep 98765")) < 2 {
 				return fmt.Errorf("children not there yet")
 			}
 			return nil
 		})
 		c.stop(t, 0)
-		eventually(t, 5*time.Second, func() error {
+		eventually(t, func() error {
 			if left := node.ProcessesNaming("sleep 98765"); len(left) > 0 {
 				return fmt.Errorf("processes %v live on", left)
 			}
@@ -260,7 +260,7 @@ func TestStop(t *testing.T) {
 
 func waitLog(t testing.TB, c *container, text string) {
 	t.Helper()
-	eventually(t, 10*time.Second, func() error {
+	eventually(t, func() error {
 		b, err := os.ReadFile(c.logPath())
 		if err == nil && !strings.Contains(string(b), text) {
 			err = fmt.Errorf("log %q, want %q in it", b, text)

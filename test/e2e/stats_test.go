@@ -6,7 +6,6 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	runtimeapi "k8s.io/cri-api/pkg/apis/runtime/v1"
 )
@@ -16,7 +15,7 @@ func TestContainerStats(t *testing.T) {
 	c := p.run(t, script(`head -c 3000000 /dev/zero > /file; trap 'exit 0' TERM; while :; do i=0; while [ $i -lt 20000 ]; do i=$((i+1)); done; done`),
 		func(c *runtimeapi.ContainerConfig) { c.Labels = map[string]string{"stats": "yes"} })
 	var s *runtimeapi.ContainerStats
-	eventually(t, 15*time.Second, func() error {
+	eventually(t, func() error {
 		r, err := shared.Runtime().ContainerStats(callCtx(t), &runtimeapi.ContainerStatsRequest{ContainerId: c.id})
 		if err != nil {
 			return err
@@ -129,7 +128,7 @@ func TestMetrics(t *testing.T) {
 	p := runPod(t)
 	p.run(t, resources(&runtimeapi.LinuxContainerResources{CpuQuota: 50000, CpuPeriod: 100000, MemoryLimitInBytes: 64 << 20}),
 		script("echo x > /f; sync; sleep 1000"))
-	eventually(t, 10*time.Second, func() error {
+	eventually(t, func() error {
 		r, err := shared.Runtime().ListPodSandboxMetrics(callCtx(t), &runtimeapi.ListPodSandboxMetricsRequest{})
 		if err != nil {
 			return err

@@ -52,7 +52,7 @@ func (s *session) wait(t testing.TB) error {
 	t.Helper()
 	select {
 	case <-s.done:
-	case <-time.After(15 * time.Second):
+	case <-time.After(patience):
 		t.Fatalf("the session does not end; stdout so far %q", s.out())
 	}
 	s.mu.Lock()
@@ -304,7 +304,7 @@ func TestExec(t *testing.T) {
 			}
 			time.Sleep(100 * time.Millisecond)
 			io.WriteString(tty.stdin, "stty size; tty\n")
-			eventually(t, 5*time.Second, func() error {
+			eventually(t, func() error {
 				if out := tty.out(); !strings.Contains(out, "45 123") || !strings.Contains(out, "/dev/pts/") {
 					return fmt.Errorf("terminal says %q, want size 45 123", out)
 				}
@@ -355,14 +355,14 @@ func TestExecAbandoned(t *testing.T) {
 	p := runPod(t)
 	c := p.run(t)
 	s := c.exec(t, dialers[0], want{stdin: true, stdout: true, tty: true}, "/bin/sh", "-c", "echo ready; sleep 424242")
-	eventually(t, 5*time.Second, func() error {
+	eventually(t, func() error {
 		if !strings.Contains(s.out(), "ready") {
 			return fmt.Errorf("not started: %q", s.out())
 		}
 		return nil
 	})
 	s.close()
-	eventually(t, 10*time.Second, func() error {
+	eventually(t, func() error {
 		if left := node.ProcessesNaming("sleep 424242"); len(left) > 0 {
 			return fmt.Errorf("processes %v live on", left)
 		}
@@ -379,7 +379,7 @@ func TestAttach(t *testing.T) {
 			s := c.attach(t, d, want{stdin: true, stdout: true, stderr: true})
 			time.Sleep(100 * time.Millisecond)
 			io.WriteString(s.stdin, "hello\n")
-			eventually(t, 5*time.Second, func() error {
+			eventually(t, func() error {
 				if s.out() != "got hello\n" {
 					return fmt.Errorf("stdout %q", s.out())
 				}
@@ -393,7 +393,7 @@ func TestAttach(t *testing.T) {
 			time.Sleep(100 * time.Millisecond)
 			io.WriteString(two.stdin, "again\n")
 			for _, s := range []*session{two, three} {
-				eventually(t, 5*time.Second, func() error {
+				eventually(t, func() error {
 					if !strings.Contains(s.out(), "got again\n") {
 						return fmt.Errorf("stdout %q", s.out())
 					}
@@ -413,7 +413,7 @@ func TestAttach(t *testing.T) {
 		s.resize(99, 11)
 		time.Sleep(100 * time.Millisecond)
 		io.WriteString(s.stdin, "stty size\n")
-		eventually(t, 5*time.Second, func() error {
+		eventually(t, func() error {
 			if !strings.Contains(s.out(), "11 99") {
 				return fmt.Errorf("terminal says %q", s.out())
 			}
@@ -474,7 +474,7 @@ func TestPortForward(t *testing.T) {
 		}
 		id := 0
 		for range 3 {
-			eventually(t, 5*time.Second, func() error {
+			eventually(t, func() error {
 				id++
 				got, problem, err := forwardOne(8123, id, "\n")
 				if err == nil && (got != "hello-fwd\n" || problem != "") {
@@ -483,7 +483,7 @@ func TestPortForward(t *testing.T) {
 				return err
 			})
 		}
-		eventually(t, 5*time.Second, func() error {
+		eventually(t, func() error {
 			id++
 			_, problem, err := forwardOne(8124, id, "")
 			if err == nil && !strings.Contains(problem, "8124") {
@@ -493,7 +493,7 @@ func TestPortForward(t *testing.T) {
 		})
 	})
 	t.Run("websocket", func(t *testing.T) {
-		eventually(t, 5*time.Second, func() error {
+		eventually(t, func() error {
 			conn := dialWS(t, forward(t, 8123)+"?port=8123", "v4.channel.k8s.io")
 			defer conn.Close()
 			conn.SetDeadline(time.Now().Add(5 * time.Second))
@@ -537,7 +537,7 @@ func TestExecSync(t *testing.T) {
 	if d := time.Since(start); d < 900*time.Millisecond || d > 4*time.Second {
 		t.Errorf("a timeout of 1 s took %v", d)
 	}
-	eventually(t, 3*time.Second, func() error {
+	eventually(t, func() error {
 		if left := node.ProcessesNaming("sleep 313131"); len(left) > 0 {
 			return fmt.Errorf("processes %v of it live on", left)
 		}

@@ -58,7 +58,7 @@ func guest(name, run string, seconds int) step {
 func endToEnd(name, driver, run string, seconds int) step {
 	return step{name, seconds, &goTest{
 		pkg: "test/e2e", run: run, flags: "-test.short",
-		env: "NODEAGENT_SLOW=5 NODEAGENT=/payload/bin/nodeagent NODEAGENT_TESTTOOL=/payload/testtool NODEAGENT_CGROUP_DRIVER=" + driver,
+		env: "NODEAGENT=/payload/bin/nodeagent NODEAGENT_TESTTOOL=/payload/testtool NODEAGENT_CGROUP_DRIVER=" + driver,
 	}}
 }
 

@@ -104,10 +104,10 @@ func (l Leaks) Since(before Leaks) string {
 	return b.String()
 }
 
-// WaitNoLeaks waits up to limit for the node to hold no more than before, and
-// returns what it holds too much otherwise.
-func (n *Node) WaitNoLeaks(before Leaks, limit time.Duration) string {
-	deadline := time.Now().Add(limit)
+// WaitNoLeaks waits up to half a minute for the node to hold no more than before,
+// and returns what it holds too much otherwise.
+func (n *Node) WaitNoLeaks(before Leaks) string {
+	deadline := time.Now().Add(30 * time.Second)
 	for {
 		s := n.Snapshot().Since(before)
 		if s == "" || time.Now().After(deadline) {

@@ -42,7 +42,7 @@ func main() {
 	flag.StringVar(&o.pkg, "package", "", "the Debian package under test")
 	flag.StringVar(&o.bins, "bin", "bin", "`directory` of the binaries under test")
 	flag.StringVar(&o.previous, "previous", previousCommit, "`commit` whose package is upgraded")
-	flag.StringVar(&o.suites, "suites", "service,v2,reboot,systemd,cgroupfs,policy,purge,nodes", "comma-separated suites: "+strings.Join(suiteNames(), ", "))
+	flag.StringVar(&o.suites, "suites", "service,v2,packages,reboot,systemd,cgroupfs,policy,purge,nodes", "comma-separated suites: "+strings.Join(suiteNames(), ", "))
 	flag.StringVar(&o.pattern, "run", "", "`pattern` of tests, in place of the suites' own")
 	flag.DurationVar(&o.limit, "limit", 2*time.Hour, "of the whole run")
 	flag.DurationVar(&o.within, "within", 0, "skip, and say so, what this host cannot do within this `time`, for want of programs, of a mirror or of speed; tests that fail still fail (0: never skip)")
@@ -129,7 +129,7 @@ func run(ctx context.Context, o options, all *results) (err error) {
 		}
 		got, err := runMachines(ctx, o, img, payload, n)
 		all.add(got)
-		errs = append(errs, err, got.verdict(steps[n]))
+		errs = append(errs, err, got.verdict(steps[n], o.pattern == ""))
 		if ctx.Err() != nil {
 			break
 		}

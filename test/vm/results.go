@@ -123,8 +123,9 @@ func (r *results) print(w io.Writer) {
 	}
 }
 
-// verdict is an error unless every step ended well.
-func (r *results) verdict(want []step) error {
+// verdict is an error unless every step ended well and, if all of its tests
+// were asked for, ran some.
+func (r *results) verdict(want []step, all bool) error {
 	var errs []error
 	for _, w := range want {
 		i := slices.IndexFunc(r.steps, func(s stepResult) bool { return s.name == w.name })
@@ -134,6 +135,8 @@ func (r *results) verdict(want []step) error {
 			errs = append(errs, fmt.Errorf("%s was not run", w.name))
 		case r.steps[i].code != "0":
 			errs = append(errs, fmt.Errorf("%s failed (exit code %q)", w.name, r.steps[i].code))
+		case all && r.steps[i].passed == 0:
+			errs = append(errs, fmt.Errorf("%s ran no test", w.name))
 		}
 	}
 	return errors.Join(errs...)

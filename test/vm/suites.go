@@ -24,7 +24,7 @@ const (
 type goTest struct {
 	pkg   string // folder in the tree
 	run   string // pattern of tests
-	env   string // "A=1 B=2"
+	env   string // "A=1 B=2", what env(1) takes
 	flags string
 	files []string // what the tests read in the package's folder, besides testdata; patterns
 }
@@ -69,6 +69,11 @@ func suites() []testSuite {
 		{"smoke", 1, []step{guest("smoke", "^TestSmoke$", 600)}},
 		{"service", 1, []step{guest(upgradeStep, "^TestService", 2400)}},
 		{"v2", 1, []step{guest("cgroup v2 through the service", "^TestV2", 1200)}},
+		{"packages", 1, []step{
+			{"cgroups on this host", 600, &goTest{pkg: "cgroups", run: ".", flags: "-test.short"}},
+			// A hard limit below those that the tests ask for: to be raised.
+			{"shim on this host", 1200, &goTest{pkg: "shim", run: ".", flags: "-test.short", env: "NODEAGENT_SHIM=/payload/bin/nodeagent-shim prlimit --nofile=8192"}},
+		}},
 		{"reboot", 1, []step{
 			guest("before the reboot", "^TestBeforeReboot$", 300),
 			{name: rebootStep, seconds: 60},

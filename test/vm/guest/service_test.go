@@ -215,6 +215,9 @@ func TestServiceDiskFull(t *testing.T) {
 		t.Log("a pod could be started with a full disk")
 		q.remove(t)
 	} else {
+		if !strings.Contains(err.Error(), "no space left on device") {
+			t.Errorf("with a full disk: %v", err)
+		}
 		t.Log(err)
 		if q != nil {
 			q.remove(t)

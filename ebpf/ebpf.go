@@ -88,9 +88,6 @@ type Engine struct {
 	drawnOf     int                       // of so many
 
 	enforced *prometheus.HistogramVec // by what changed, in seconds
-
-	opened sync.RWMutex       // held while d is used by others than Run's goroutine
-	d      *datapath.Datapath // nil: not running
 }
 
 // call is work for Run's goroutine. done gets what came of it once it is in
@@ -155,13 +152,11 @@ func (e *Engine) Run(ctx context.Context) error {
 		return err
 	}
 	s := newState(e.cfg, d, e.name)
-	e.open(d)
 	ctx, cancel := context.WithCancel(ctx)
 	var wg sync.WaitGroup
 	defer func() {
 		cancel()
 		wg.Wait()
-		e.open(nil)
 		s.close()
 	}()
 	failed := make(chan error, 3)
@@ -182,12 +177,6 @@ func (e *Engine) Run(ctx context.Context) error {
 		s.synced = true
 	}
 	return e.loop(ctx, s, failed)
-}
-
-func (e *Engine) open(d *datapath.Datapath) {
-	e.opened.Lock()
-	defer e.opened.Unlock()
-	e.d = d
 }
 
 func (e *Engine) loop(ctx context.Context, s *state, failed <-chan error) error {
@@ -301,6 +290,7 @@ type Status struct {
 	Problems       []string                    // what is denied for want of room
 	Tables         policy.Stats
 	Rows           datapath.Room // blocks of 128 bytes
+	Conntrack      datapath.Conntrack
 	Limits         policy.Limits
 	Counters       []datapath.Counter
 	Checked, Drift uint64 // flows that the self-check judged, and on which program and reference differed
@@ -342,16 +332,6 @@ func (e *Engine) SetUplinks(ctx context.Context, patterns []string) error {
 // did not before ctx ended.
 func (e *Engine) Alive(ctx context.Context) error {
 	return e.call(ctx, false, func(*state) error { return nil })
-}
-
-// Flows counts what conntrack holds.
-func (e *Engine) Flows() (datapath.Room, error) {
-	e.opened.RLock()
-	defer e.opened.RUnlock()
-	if e.d == nil {
-		return datapath.Room{}, fmt.Errorf("policy engine does not run: %w", errdefs.ErrUnavailable)
-	}
-	return e.d.Flows()
 }
 
 // Flow is an event and the local pod that it is about.

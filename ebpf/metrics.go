@@ -79,17 +79,13 @@ func (c *collector) Collect(ch chan<- prometheus.Metric) {
 		send(c.packets, counter, float64(n.Packets), n.Hook.String(), verdict, n.Reason.String())
 		send(c.bytes, counter, float64(n.Bytes), n.Hook.String(), verdict, n.Reason.String())
 	}
-	flows, err := c.engine.Flows()
-	if err != nil {
-		ch <- prometheus.NewInvalidMetric(c.tables, err)
-	}
 	t := st.Tables
 	for _, r := range []struct {
 		table       string
 		used, limit int
 	}{
 		{"row_blocks", st.Rows.Used, st.Rows.Limit}, {"classes", t.Classes, int(st.Limits.Classes)}, {"profiles", t.Profiles, int(st.Limits.Profiles)},
-		{"port_classes", t.PortClasses, policy.MaxPortClasses}, {"conntrack", flows.Used, flows.Limit},
+		{"port_classes", t.PortClasses, policy.MaxPortClasses}, {"conntrack", st.Conntrack.Flows, st.Conntrack.Room},
 		{"addresses", t.Exact, 0}, {"prefixes", t.Prefixes, 0}, {"pods", t.Pods, 0}, {"policies", t.Policies, 0}, {"policies_in_use", t.Active, 0},
 	} {
 		send(c.tables, gauge, float64(r.used), r.table)

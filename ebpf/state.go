@@ -358,7 +358,7 @@ func (s *state) attachUplinks() {
 }
 
 func (s *state) status() (Status, error) {
-	out := Status{Ready: s.ready, Pods: len(s.pods), Faults: s.compiler.Faults(), Problems: s.problems, Tables: s.compiler.Stats(), Rows: s.d.Rows(), Limits: s.compiler.Limits(), Checked: s.checked, Drift: s.drift}
+	out := Status{Ready: s.ready, Pods: len(s.pods), Faults: s.compiler.Faults(), Problems: s.problems, Tables: s.compiler.Stats(), Rows: s.d.Rows(), Conntrack: s.d.Conntrack(), Limits: s.compiler.Limits(), Checked: s.checked, Drift: s.drift}
 	for _, u := range s.uplinks {
 		out.Uplinks = append(out.Uplinks, u.name)
 	}

@@ -388,6 +388,8 @@ func (d *Datapath) Sweep(keep map[int]bool) error {
 	if d.cfg.Dir == "" {
 		return nil
 	}
+	Grace() // programs that were replaced may have judged by other tables until here
+	d.changed()
 	if err := d.inherit(); err != nil { // once more: flows that came while programs were replaced
 		d.cfg.Log.Warn("flows of an earlier version are not known", "err", err)
 	}

@@ -17,6 +17,47 @@ import (
 	"github.com/nodeagent/nodeagent/ebpf/policy"
 )
 
+// hashLookup is a program that looks up a packet's source in a hash map of n
+// addresses and does nothing else: what a policy by hash maps costs at least.
+func hashLookup(b *testing.B, n int, addr func(int) netip.Addr) *ciliumebpf.Program {
+	b.Helper()
+	m, err := ciliumebpf.NewMap(&ciliumebpf.MapSpec{Type: ciliumebpf.Hash, KeySize: 4, ValueSize: 4, MaxEntries: 131072, Flags: 1}) // no prealloc
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { m.Close() })
+	keys, values := make([][4]byte, n), make([]uint32, n)
+	for i := range keys {
+		keys[i], values[i] = addr(i).As4(), 1
+	}
+	if _, err := m.BatchUpdate(keys, values, nil); err != nil {
+		b.Fatal(err)
+	}
+	const data, end, source = 76, 80, 26 // of __sk_buff, and in the frame
+	prog, err := ciliumebpf.NewProgram(&ciliumebpf.ProgramSpec{Type: ciliumebpf.SchedCLS, License: "GPL", Instructions: asm.Instructions{
+		asm.LoadMem(asm.R3, asm.R1, data, asm.Word),
+		asm.LoadMem(asm.R4, asm.R1, end, asm.Word),
+		asm.Mov.Reg(asm.R5, asm.R3),
+		asm.Add.Imm(asm.R5, source+4),
+		asm.JGT.Reg(asm.R5, asm.R4, "out"),
+		asm.LoadMem(asm.R5, asm.R3, source, asm.Word),
+		asm.StoreMem(asm.R10, -4, asm.R5, asm.Word),
+		asm.LoadMapPtr(asm.R1, m.FD()),
+		asm.Mov.Reg(asm.R2, asm.R10),
+		asm.Add.Imm(asm.R2, -4),
+		asm.FnMapLookupElem.Call(),
+		asm.JEq.Imm(asm.R0, 0, "out"),
+		asm.LoadMem(asm.R0, asm.R0, 0, asm.Word),
+		asm.Mov.Imm(asm.R0, 0).WithSymbol("out"),
+		asm.Return(),
+	}})
+	if err != nil {
+		b.Fatal(err)
+	}
+	b.Cleanup(func() { prog.Close() })
+	return prog
+}
+
 // BenchmarkPacket: ns/packet are the best of 60 runs of 20,000 in the kernel;
 // take off what the empty program needs,
 // which with random sources chooses them as well.
@@ -56,6 +97,8 @@ func BenchmarkPacket(b *testing.B) {
 	b.Run("policy+conntrack/hot", func(b *testing.B) { loop(b, d.objs.NaToPod, packet(addr(5)), ifs[0], false) })
 	random := packet(peer)
 	b.Run("empty/random-source", func(b *testing.B) { loop(b, randomized(b, d.objs.NaClock, peers), random, ifs[0], true) })
+	hash := hashLookup(b, peers, addr)
+	b.Run("one-hash-lookup/131k-random-peers", func(b *testing.B) { loop(b, randomized(b, hash, peers), random, ifs[0], true) })
 	b.Run("policy/131k-random-peers", func(b *testing.B) { loop(b, randomized(b, d.objs.NaToPod, peers), random, ifs[0], true) })
 }
 

@@ -33,7 +33,16 @@ type ctKey6 struct {
 	LPort, RPort  uint16
 }
 
-type ctValue struct{ Last, Flags uint32 }
+type ctValue struct {
+	Last, Flags uint32
+	Passed      [2]uint32 // why packets of each direction pass, and in which generation; 0: not known
+}
+
+// oldValue is that of layouts v1 and v2.
+type oldValue struct{ Last, Flags uint32 }
+
+func (v ctValue) now() ctValue  { return ctValue{Last: v.Last, Flags: v.Flags} } // other tables judged it
+func (v oldValue) now() ctValue { return ctValue{Last: v.Last, Flags: v.Flags} }
 
 // timeout of a flow in seconds, as the programs have it.
 func (v ctValue) timeout(proto uint8) uint32 {
@@ -237,7 +246,7 @@ func (k oldKey6) now() any {
 func (k ctKey4) now() any { return k }
 func (k ctKey6) now() any { return k }
 
-// inherit copies the flows of another map, of this layout or of v1.
+// inherit copies the flows of another map, of this layout or an earlier one.
 func inherit(to *ciliumebpf.Map, path string) error {
 	from, err := ciliumebpf.LoadPinnedMap(path, nil)
 	if errors.Is(err, os.ErrNotExist) {
@@ -247,24 +256,28 @@ func inherit(to *ciliumebpf.Map, path string) error {
 		return fmt.Errorf("open conntrack of an earlier version: %w", err)
 	}
 	defer from.Close()
-	if from.ValueSize() == 8 {
-		switch int(from.KeySize()) {
-		case binary.Size(ctKey4{}):
-			return copyFlows[ctKey4](to, from)
-		case binary.Size(ctKey6{}):
-			return copyFlows[ctKey6](to, from)
-		case binary.Size(oldKey4{}):
-			return copyFlows[oldKey4](to, from)
-		case binary.Size(oldKey6{}):
-			return copyFlows[oldKey6](to, from)
-		}
+	switch [2]int{int(from.KeySize()), int(from.ValueSize())} {
+	case sizes(ctKey4{}, ctValue{}):
+		return copyFlows[ctKey4, ctValue](to, from)
+	case sizes(ctKey6{}, ctValue{}):
+		return copyFlows[ctKey6, ctValue](to, from)
+	case sizes(ctKey4{}, oldValue{}):
+		return copyFlows[ctKey4, oldValue](to, from)
+	case sizes(ctKey6{}, oldValue{}):
+		return copyFlows[ctKey6, oldValue](to, from)
+	case sizes(oldKey4{}, oldValue{}):
+		return copyFlows[oldKey4, oldValue](to, from)
+	case sizes(oldKey6{}, oldValue{}):
+		return copyFlows[oldKey6, oldValue](to, from)
 	}
 	return fmt.Errorf("conntrack %s has keys of %d bytes and values of %d, unknown to this version: %w", path, from.KeySize(), from.ValueSize(), errors.ErrUnsupported)
 }
 
-func copyFlows[K interface{ now() any }](to, from *ciliumebpf.Map) error {
+func sizes(key, value any) [2]int { return [2]int{binary.Size(key), binary.Size(value)} }
+
+func copyFlows[K interface{ now() any }, V interface{ now() ctValue }](to, from *ciliumebpf.Map) error {
 	var cursor ciliumebpf.MapBatchCursor
-	keys, values := make([]K, collectBatch), make([]ctValue, collectBatch)
+	keys, values := make([]K, collectBatch), make([]V, collectBatch)
 	for {
 		n, err := from.BatchLookup(&cursor, keys, values, nil)
 		end := errors.Is(err, ciliumebpf.ErrKeyNotExist)
@@ -272,7 +285,7 @@ func copyFlows[K interface{ now() any }](to, from *ciliumebpf.Map) error {
 			return fmt.Errorf("read conntrack of an earlier version: %w", err)
 		}
 		for i, k := range keys[:n] {
-			if err := to.Update(k.now(), values[i], ciliumebpf.UpdateNoExist); err != nil && !errors.Is(err, ciliumebpf.ErrKeyExist) {
+			if err := to.Update(k.now(), values[i].now(), ciliumebpf.UpdateNoExist); err != nil && !errors.Is(err, ciliumebpf.ErrKeyExist) {
 				return fmt.Errorf("take over a flow: %w", err)
 			}
 		}

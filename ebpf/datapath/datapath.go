@@ -70,7 +70,7 @@ const (
 	blockSize    = 128
 	rowCells     = 64
 	endpointSize = 64
-	layout       = "v2" // of the conntrack maps
+	layout       = "v3" // of the conntrack maps
 )
 
 // Datapath is one loaded set of programs and tables.
@@ -84,7 +84,9 @@ type Datapath struct {
 	collected    uint64
 	inherited    bool // the flows of an earlier layout
 
-	endpoints, near, rows, ports, profiles, state []byte // mapped
+	endpoints, near, rows, ports, profiles, state, peers4, peers6, generation []byte // mapped
+
+	peers peers
 
 	eps   map[uint32]*endpoint
 	slab  slab
@@ -93,8 +95,7 @@ type Datapath struct {
 	flip  time.Time // when the bank was changed
 	old   []chunk   // to be freed after a grace period
 
-	missing map[netip.Addr]policy.Address  // no room
-	lost    map[netip.Prefix]policy.Prefix // no room
+	lost map[netip.Prefix]policy.Prefix // no room
 }
 
 type endpoint struct {
@@ -113,7 +114,7 @@ func Open(cfg Config) (*Datapath, error) {
 	}
 	d := &Datapath{
 		cfg: cfg, eps: map[uint32]*endpoint{}, slab: slab{[]gap{{0, cfg.RowBlocks}}},
-		missing: map[netip.Addr]policy.Address{}, lost: map[netip.Prefix]policy.Prefix{},
+		peers: newPeers(cfg.Peers), lost: map[netip.Prefix]policy.Prefix{},
 	}
 	spec, err := loadNa()
 	if err != nil {
@@ -148,7 +149,7 @@ func (d *Datapath) size(spec *ciliumebpf.CollectionSpec) error {
 		return fmt.Errorf("row table of %d blocks: at most %d can be addressed", c.RowBlocks, 1<<20)
 	}
 	for name, n := range map[string]uint32{
-		"ct4": c.Conntrack, "ct6": c.Conntrack, "cls4": c.Peers, "cls6": c.Peers, "cidr4": c.Peers, "cidr6": c.Peers, "rows": c.RowBlocks,
+		"ct4": c.Conntrack, "ct6": c.Conntrack, "peers4": buckets(c.Peers), "peers6": buckets(c.Peers), "cidr4": c.Peers, "cidr6": c.Peers, "rows": c.RowBlocks,
 	} {
 		spec.Maps[name].MaxEntries = n
 	}
@@ -162,8 +163,11 @@ func (d *Datapath) size(spec *ciliumebpf.CollectionSpec) error {
 		return err
 	}
 	d.hz = hz
+	if err := spec.Variables["cfg_seed"].Set(d.peers.seed); err != nil {
+		return fmt.Errorf("set cfg_seed: %w", err)
+	}
 	for name, v := range map[string]uint32{
-		"cfg_hz": hz, "cfg_mark": c.Mark, "cfg_strict": flag(c.Strict), "cfg_keep": flag(c.KeepEstablished), "cfg_events": uint32(max(0, c.Events)),
+		"cfg_peers": d.peers.shift, "cfg_hz": hz, "cfg_mark": c.Mark, "cfg_strict": flag(c.Strict), "cfg_keep": flag(c.KeepEstablished), "cfg_events": uint32(max(0, c.Events)),
 	} {
 		if err := spec.Variables[name].Set(v); err != nil {
 			return fmt.Errorf("set %s: %w", name, err)
@@ -221,7 +225,7 @@ func (d *Datapath) pinnedConntrack(spec *ciliumebpf.CollectionSpec) (map[string]
 	if d.cfg.Dir == "" {
 		return out, nil
 	}
-	for _, name := range []string{"ct4", "ct6"} {
+	for _, name := range []string{"ct4", "ct6", "generation"} {
 		path := d.pin("ct", name)
 		m, err := ciliumebpf.LoadPinnedMap(path, nil)
 		if errors.Is(err, os.ErrNotExist) {
@@ -258,6 +262,7 @@ func (d *Datapath) prepare() error {
 		from *ciliumebpf.Map
 	}{
 		{&d.endpoints, d.objs.Endpoints}, {&d.near, d.objs.EpNear}, {&d.rows, d.objs.Rows}, {&d.ports, d.objs.Ports}, {&d.profiles, d.objs.Profiles}, {&d.state, d.objs.State},
+		{&d.peers4, d.objs.Peers4}, {&d.peers6, d.objs.Peers6}, {&d.generation, d.objs.Generation},
 	} {
 		size := int(m.from.MaxEntries() * max(8, m.from.ValueSize()))
 		size = (size + os.Getpagesize() - 1) &^ (os.Getpagesize() - 1)
@@ -267,6 +272,7 @@ func (d *Datapath) prepare() error {
 		}
 		*m.to = mem
 	}
+	d.changed()
 	if d.cfg.Dir == "" {
 		return nil
 	}
@@ -275,7 +281,7 @@ func (d *Datapath) prepare() error {
 			return fmt.Errorf("make folder for pins: %w", err)
 		}
 	}
-	for name, m := range map[string]*ciliumebpf.Map{"ct4": d.objs.Ct4, "ct6": d.objs.Ct6} {
+	for name, m := range map[string]*ciliumebpf.Map{"ct4": d.objs.Ct4, "ct6": d.objs.Ct6, "generation": d.objs.Generation} {
 		path := d.pin("ct", name)
 		if _, err := os.Stat(path); err == nil {
 			continue
@@ -289,12 +295,12 @@ func (d *Datapath) prepare() error {
 
 // Close lets go of the tables. What is attached and pinned goes on by itself.
 func (d *Datapath) Close() error {
-	for _, mem := range [][]byte{d.endpoints, d.near, d.rows, d.ports, d.profiles, d.state} {
+	for _, mem := range [][]byte{d.endpoints, d.near, d.rows, d.ports, d.profiles, d.state, d.peers4, d.peers6, d.generation} {
 		if mem != nil {
 			_ = unix.Munmap(mem)
 		}
 	}
-	d.endpoints, d.near, d.rows, d.ports, d.profiles, d.state = nil, nil, nil, nil, nil, nil
+	d.endpoints, d.near, d.rows, d.ports, d.profiles, d.state, d.peers4, d.peers6, d.generation = nil, nil, nil, nil, nil, nil, nil, nil, nil
 	return d.objs.Close()
 }
 

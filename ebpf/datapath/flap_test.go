@@ -125,7 +125,7 @@ func (b *bench) steady(before, after *objects.Cluster, n int) []steady {
 		proto, icmp := protocolFor(p)
 		s := steady{probe: p, hook: flows.ToPod, passes: x.Allowed, input: Input{
 			Packet:  frame.Packet{Src: f.Src, Dst: f.Dst, Protocol: proto, ICMPType: icmp, SrcPort: 33333, DstPort: p.Port, TCP: frame.SYN}.Bytes(),
-			Ifindex: b.ifs[p.Pod], IngressIfindex: 4242, Dry: true,
+			Ifindex: b.ifs[p.Pod], IngressIfindex: 4242, Dry: proto != objects.UDP, // UDP's come to be known by conntrack
 		}}
 		if p.Dir == reference.Egress {
 			s.hook = flows.FromPod

@@ -53,9 +53,10 @@ type naCt6 struct {
 }
 
 type naCtValue struct {
-	_     structs.HostLayout
-	Last  uint32
-	Flags uint32
+	_      structs.HostLayout
+	Last   uint32
+	Flags  uint32
+	Passed [2]uint32
 }
 
 type naEndpoint struct {
@@ -97,6 +98,18 @@ type naLpm6 struct {
 	Addr [4]uint32
 }
 
+type naPeers4 struct {
+	_    structs.HostLayout
+	Slot [8]uint64
+}
+
+type naPeers6 struct {
+	_     structs.HostLayout
+	Class [3]uint32
+	Pad   uint32
+	Addr  [3][2]uint64
+}
+
 type naState struct {
 	_      structs.HostLayout
 	Bank   uint32
@@ -117,8 +130,6 @@ type naWindow struct {
 const (
 	naMapCidr4        = "cidr4"
 	naMapCidr6        = "cidr6"
-	naMapCls4         = "cls4"
-	naMapCls6         = "cls6"
 	naMapCounters     = "counters"
 	naMapCt4          = "ct4"
 	naMapCt6          = "ct6"
@@ -129,6 +140,9 @@ const (
 	naMapEpNear       = "ep_near"
 	naMapEvents       = "events"
 	naMapFrags        = "frags"
+	naMapGeneration   = "generation"
+	naMapPeers4       = "peers4"
+	naMapPeers6       = "peers6"
 	naMapPorts        = "ports"
 	naMapProfiles     = "profiles"
 	naMapRows         = "rows"
@@ -145,7 +159,9 @@ const (
 	naVarCfgHz        = "cfg_hz"
 	naVarCfgKeep      = "cfg_keep"
 	naVarCfgMark      = "cfg_mark"
+	naVarCfgPeers     = "cfg_peers"
 	naVarCfgProfiles  = "cfg_profiles"
+	naVarCfgSeed      = "cfg_seed"
 	naVarCfgStrict    = "cfg_strict"
 )
 
@@ -204,25 +220,26 @@ type naProgramSpecs struct {
 //
 // It can be passed ebpf.CollectionSpec.Assign.
 type naMapSpecs struct {
-	Cidr4     *ebpf.MapSpec `ebpf:"cidr4"`
-	Cidr6     *ebpf.MapSpec `ebpf:"cidr6"`
-	Cls4      *ebpf.MapSpec `ebpf:"cls4"`
-	Cls6      *ebpf.MapSpec `ebpf:"cls6"`
-	Counters  *ebpf.MapSpec `ebpf:"counters"`
-	Ct4       *ebpf.MapSpec `ebpf:"ct4"`
-	Ct6       *ebpf.MapSpec `ebpf:"ct6"`
-	Endpoints *ebpf.MapSpec `ebpf:"endpoints"`
-	EpIf      *ebpf.MapSpec `ebpf:"ep_if"`
-	EpIp4     *ebpf.MapSpec `ebpf:"ep_ip4"`
-	EpIp6     *ebpf.MapSpec `ebpf:"ep_ip6"`
-	EpNear    *ebpf.MapSpec `ebpf:"ep_near"`
-	Events    *ebpf.MapSpec `ebpf:"events"`
-	Frags     *ebpf.MapSpec `ebpf:"frags"`
-	Ports     *ebpf.MapSpec `ebpf:"ports"`
-	Profiles  *ebpf.MapSpec `ebpf:"profiles"`
-	Rows      *ebpf.MapSpec `ebpf:"rows"`
-	State     *ebpf.MapSpec `ebpf:"state"`
-	Windows   *ebpf.MapSpec `ebpf:"windows"`
+	Cidr4      *ebpf.MapSpec `ebpf:"cidr4"`
+	Cidr6      *ebpf.MapSpec `ebpf:"cidr6"`
+	Counters   *ebpf.MapSpec `ebpf:"counters"`
+	Ct4        *ebpf.MapSpec `ebpf:"ct4"`
+	Ct6        *ebpf.MapSpec `ebpf:"ct6"`
+	Endpoints  *ebpf.MapSpec `ebpf:"endpoints"`
+	EpIf       *ebpf.MapSpec `ebpf:"ep_if"`
+	EpIp4      *ebpf.MapSpec `ebpf:"ep_ip4"`
+	EpIp6      *ebpf.MapSpec `ebpf:"ep_ip6"`
+	EpNear     *ebpf.MapSpec `ebpf:"ep_near"`
+	Events     *ebpf.MapSpec `ebpf:"events"`
+	Frags      *ebpf.MapSpec `ebpf:"frags"`
+	Generation *ebpf.MapSpec `ebpf:"generation"`
+	Peers4     *ebpf.MapSpec `ebpf:"peers4"`
+	Peers6     *ebpf.MapSpec `ebpf:"peers6"`
+	Ports      *ebpf.MapSpec `ebpf:"ports"`
+	Profiles   *ebpf.MapSpec `ebpf:"profiles"`
+	Rows       *ebpf.MapSpec `ebpf:"rows"`
+	State      *ebpf.MapSpec `ebpf:"state"`
+	Windows    *ebpf.MapSpec `ebpf:"windows"`
 }
 
 // naVariableSpecs contains global variables before they are loaded into the kernel.
@@ -233,7 +250,9 @@ type naVariableSpecs struct {
 	CfgHz       *ebpf.VariableSpec `ebpf:"cfg_hz"`
 	CfgKeep     *ebpf.VariableSpec `ebpf:"cfg_keep"`
 	CfgMark     *ebpf.VariableSpec `ebpf:"cfg_mark"`
+	CfgPeers    *ebpf.VariableSpec `ebpf:"cfg_peers"`
 	CfgProfiles *ebpf.VariableSpec `ebpf:"cfg_profiles"`
+	CfgSeed     *ebpf.VariableSpec `ebpf:"cfg_seed"`
 	CfgStrict   *ebpf.VariableSpec `ebpf:"cfg_strict"`
 }
 
@@ -257,33 +276,32 @@ func (o *naObjects) Close() error {
 //
 // It can be passed to loadNaObjects or ebpf.CollectionSpec.LoadAndAssign.
 type naMaps struct {
-	Cidr4     *ebpf.Map `ebpf:"cidr4"`
-	Cidr6     *ebpf.Map `ebpf:"cidr6"`
-	Cls4      *ebpf.Map `ebpf:"cls4"`
-	Cls6      *ebpf.Map `ebpf:"cls6"`
-	Counters  *ebpf.Map `ebpf:"counters"`
-	Ct4       *ebpf.Map `ebpf:"ct4"`
-	Ct6       *ebpf.Map `ebpf:"ct6"`
-	Endpoints *ebpf.Map `ebpf:"endpoints"`
-	EpIf      *ebpf.Map `ebpf:"ep_if"`
-	EpIp4     *ebpf.Map `ebpf:"ep_ip4"`
-	EpIp6     *ebpf.Map `ebpf:"ep_ip6"`
-	EpNear    *ebpf.Map `ebpf:"ep_near"`
-	Events    *ebpf.Map `ebpf:"events"`
-	Frags     *ebpf.Map `ebpf:"frags"`
-	Ports     *ebpf.Map `ebpf:"ports"`
-	Profiles  *ebpf.Map `ebpf:"profiles"`
-	Rows      *ebpf.Map `ebpf:"rows"`
-	State     *ebpf.Map `ebpf:"state"`
-	Windows   *ebpf.Map `ebpf:"windows"`
+	Cidr4      *ebpf.Map `ebpf:"cidr4"`
+	Cidr6      *ebpf.Map `ebpf:"cidr6"`
+	Counters   *ebpf.Map `ebpf:"counters"`
+	Ct4        *ebpf.Map `ebpf:"ct4"`
+	Ct6        *ebpf.Map `ebpf:"ct6"`
+	Endpoints  *ebpf.Map `ebpf:"endpoints"`
+	EpIf       *ebpf.Map `ebpf:"ep_if"`
+	EpIp4      *ebpf.Map `ebpf:"ep_ip4"`
+	EpIp6      *ebpf.Map `ebpf:"ep_ip6"`
+	EpNear     *ebpf.Map `ebpf:"ep_near"`
+	Events     *ebpf.Map `ebpf:"events"`
+	Frags      *ebpf.Map `ebpf:"frags"`
+	Generation *ebpf.Map `ebpf:"generation"`
+	Peers4     *ebpf.Map `ebpf:"peers4"`
+	Peers6     *ebpf.Map `ebpf:"peers6"`
+	Ports      *ebpf.Map `ebpf:"ports"`
+	Profiles   *ebpf.Map `ebpf:"profiles"`
+	Rows       *ebpf.Map `ebpf:"rows"`
+	State      *ebpf.Map `ebpf:"state"`
+	Windows    *ebpf.Map `ebpf:"windows"`
 }
 
 func (m *naMaps) Close() error {
 	return _NaClose(
 		m.Cidr4,
 		m.Cidr6,
-		m.Cls4,
-		m.Cls6,
 		m.Counters,
 		m.Ct4,
 		m.Ct6,
@@ -294,6 +312,9 @@ func (m *naMaps) Close() error {
 		m.EpNear,
 		m.Events,
 		m.Frags,
+		m.Generation,
+		m.Peers4,
+		m.Peers6,
 		m.Ports,
 		m.Profiles,
 		m.Rows,
@@ -310,7 +331,9 @@ type naVariables struct {
 	CfgHz       *ebpf.Variable `ebpf:"cfg_hz"`
 	CfgKeep     *ebpf.Variable `ebpf:"cfg_keep"`
 	CfgMark     *ebpf.Variable `ebpf:"cfg_mark"`
+	CfgPeers    *ebpf.Variable `ebpf:"cfg_peers"`
 	CfgProfiles *ebpf.Variable `ebpf:"cfg_profiles"`
+	CfgSeed     *ebpf.Variable `ebpf:"cfg_seed"`
 	CfgStrict   *ebpf.Variable `ebpf:"cfg_strict"`
 }
 

@@ -96,12 +96,19 @@ func (d *Datapath) publish(id uint32, e *endpoint) {
 	atomic.StoreUint64(d.word(id), w)
 }
 
+// changed voids what conntrack knows of verdicts: each packet is judged once
+// more. To be called when the tables have changed.
+func (d *Datapath) changed() {
+	atomic.AddUint32((*uint32)(unsafe.Pointer(&d.generation[0])), 1)
+}
+
 // Insert makes an endpoint known under a number below MaxEndpoints. Nothing
 // passes its interface but what the host sends until a plan makes it active.
 func (d *Datapath) Insert(id uint32, ifindex int, ips []netip.Addr) error {
 	if id >= MaxEndpoints {
 		return fmt.Errorf("endpoint %d: there is room for %d", id, MaxEndpoints)
 	}
+	defer d.changed()
 	atomic.StoreUint64(d.word(id), 0)
 	clear(d.endpoints[id*endpointSize+8 : (id+1)*endpointSize])
 	*d.field(id, 20) = uint32(ifindex)
@@ -145,6 +152,7 @@ func (d *Datapath) Remove(id uint32) error {
 	if e == nil {
 		return nil
 	}
+	defer d.changed()
 	var err error
 	if e.ifindex >= near {
 		err = d.objs.EpIf.Delete(uint32(e.ifindex))
@@ -185,6 +193,9 @@ func (d *Datapath) put(m4, m6 *ciliumebpf.Map, ip netip.Addr, value uint32) erro
 // nothing new is allowed. A peer that lacks room is not known, so that nothing
 // new is allowed with it. Others are not touched.
 func (d *Datapath) Apply(p *policy.Plan) error {
+	if !p.Empty() || len(d.peers.missing)+len(d.lost) > 0 {
+		defer d.changed()
+	}
 	var errs []error
 	d.profilesOf(p)
 	d.grow(p)
@@ -225,6 +236,7 @@ func (d *Datapath) Settle() {
 		d.slab.release(c)
 	}
 	d.old = nil
+	d.rested()
 }
 
 func (d *Datapath) profilesOf(p *policy.Plan) {
@@ -354,7 +366,7 @@ func (d *Datapath) full() (errs []error) {
 			errs = append(errs, e.degraded)
 		}
 	}
-	if n := len(d.missing); n > 0 {
+	if n := len(d.peers.missing); n > 0 {
 		errs = append(errs, fmt.Errorf("no room for %d addresses of pods beside %d: nothing new is allowed with them", n, d.cfg.Peers))
 	}
 	if n := len(d.lost); n > 0 {
@@ -365,41 +377,14 @@ func (d *Datapath) full() (errs []error) {
 
 // retry writes what had no room before.
 func (d *Datapath) retry() {
-	for _, a := range d.missing {
-		if d.address(a); len(d.missing) > 0 && d.missing[a.Addr] == a {
+	for _, a := range d.peers.missing {
+		if d.address(a); len(d.peers.missing) > 0 && d.peers.missing[a.Addr] == a {
 			break // still full
 		}
 	}
 	for _, q := range d.lost {
 		d.prefix(q)
 	}
-}
-
-// address writes an address. One that has no place is not known at all, which
-// allows less: a class holds all ranges that its address is in.
-func (d *Datapath) address(a policy.Address) {
-	class := a.Class
-	if a.Node {
-		class |= classNode
-	}
-	if err := d.put(d.objs.Cls4, d.objs.Cls6, a.Addr, class); err != nil {
-		_ = d.deleteAddress(a.Addr) // not with a class that it no longer has
-		d.missing[a.Addr] = a
-		return
-	}
-	delete(d.missing, a.Addr)
-}
-
-func (d *Datapath) deleteAddress(ip netip.Addr) error {
-	delete(d.missing, ip)
-	m := d.objs.Cls4
-	if ip.Is6() {
-		m = d.objs.Cls6
-	}
-	if err := m.Delete(addrKey(ip)); err != nil && !errors.Is(err, ciliumebpf.ErrKeyNotExist) {
-		return fmt.Errorf("remove address %s: %w", ip, err)
-	}
-	return nil
 }
 
 func prefixKey(p netip.Prefix) []byte {
@@ -409,14 +394,7 @@ func prefixKey(p netip.Prefix) []byte {
 // prefix writes a range. One that has no place falls to the wider range that it
 // is in: endpoints that allow more there than here (an except) are degraded.
 func (d *Datapath) prefix(q policy.Prefix) {
-	m, f := d.objs.Cidr4, uint32(0)
-	if q.Prefix.Addr().Is6() {
-		m, f = d.objs.Cidr6, 1
-	}
-	// The flag is only ever set: an empty trie is only slower.
-	atomic.StoreUint32((*uint32)(unsafe.Pointer(&d.state[4+4*f])), 1)
-	key := prefixKey(q.Prefix)
-	if err := m.Put(key, q.Class); err == nil {
+	if err := d.putPrefix(q); err == nil {
 		delete(d.lost, q.Prefix)
 		return
 	}
@@ -427,17 +405,41 @@ func (d *Datapath) prefix(q policy.Prefix) {
 			d.degrade(id, e, fmt.Errorf("endpoint %d: no room for range %s: nothing new is allowed", id, q.Prefix))
 		}
 	}
-	_ = m.Delete(key) // not with a class that it no longer has
+	_ = d.dropPrefix(q.Prefix) // not with a class that it no longer has
+}
+
+// trie is the map of an address' family.
+func (d *Datapath) trie(ip netip.Addr) *ciliumebpf.Map {
+	if ip.Is6() {
+		return d.objs.Cidr6
+	}
+	return d.objs.Cidr4
+}
+
+func (d *Datapath) putTrie(p netip.Prefix, class uint32) error {
+	// The flag is only ever set: an empty trie is only slower.
+	atomic.StoreUint32((*uint32)(unsafe.Pointer(&d.state[4+4*family(p.Addr())])), 1)
+	return d.trie(p.Addr()).Put(prefixKey(p), class)
+}
+
+func (d *Datapath) dropTrie(p netip.Prefix) error {
+	if err := d.trie(p.Addr()).Delete(prefixKey(p)); err != nil && !errors.Is(err, ciliumebpf.ErrKeyNotExist) {
+		return fmt.Errorf("remove %s: %w", p, err)
+	}
+	return nil
+}
+
+func family(ip netip.Addr) int {
+	if ip.Is6() {
+		return 1
+	}
+	return 0
 }
 
 // around is the class of the smallest range in the table that a range lies in.
 func (d *Datapath) around(p netip.Prefix) uint32 {
-	m := d.objs.Cidr4
-	if p.Addr().Is6() {
-		m = d.objs.Cidr6
-	}
 	var class uint32
-	if p.Bits() > 0 && m.Lookup(prefixKey(netip.PrefixFrom(p.Addr(), p.Bits()-1)), &class) == nil { // matches at most so many bits
+	if p.Bits() > 0 && d.trie(p.Addr()).Lookup(prefixKey(netip.PrefixFrom(p.Addr(), p.Bits()-1)), &class) == nil { // matches at most so many bits
 		return class
 	}
 	return policy.World
@@ -460,14 +462,7 @@ func (d *Datapath) differs(e *endpoint, narrow, wide uint32) bool {
 
 func (d *Datapath) deletePrefix(q netip.Prefix) error {
 	delete(d.lost, q)
-	m := d.objs.Cidr4
-	if q.Addr().Is6() {
-		m = d.objs.Cidr6
-	}
-	if err := m.Delete(prefixKey(q)); err != nil && !errors.Is(err, ciliumebpf.ErrKeyNotExist) {
-		return fmt.Errorf("remove %s: %w", q, err)
-	}
-	return nil
+	return d.dropPrefix(q)
 }
 
 func (d *Datapath) own(list []policy.OwnClass) {
@@ -492,4 +487,16 @@ func firstOf(ips []netip.Addr, six bool) netip.Addr {
 		}
 	}
 	return netip.Addr{}
+}
+
+// Room is how much of a table is in use, in entries.
+type Room struct{ Used, Limit int }
+
+// Rows tells the blocks of the row table. It belongs to who calls Apply.
+func (d *Datapath) Rows() Room {
+	free := uint32(0)
+	for _, g := range d.slab.gaps {
+		free += g.blocks
+	}
+	return Room{int(d.cfg.RowBlocks - free), int(d.cfg.RowBlocks)}
 }

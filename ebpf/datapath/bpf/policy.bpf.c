@@ -27,6 +27,8 @@ volatile const __u32 cfg_strict = 0;         /* no TCP reply without conntrack *
 volatile const __u32 cfg_keep = 0;           /* established flows outlive revocation */
 volatile const __u32 cfg_events = 100;       /* events per second, CPU and reason */
 volatile const __u32 cfg_profiles = 4096;    /* profiles in a bank */
+volatile const __u32 cfg_peers = 49;         /* 64 - log2 of the buckets of peers4 and peers6 */
+volatile const __u64 cfg_seed = 0x9e3779b97f4a7c15; /* of their hash; odd */
 
 #define ROW_CELLS 64
 #define PORT_BLOCKS 3072 /* 3 protocols, 64 ports a block */
@@ -66,7 +68,9 @@ struct lpm6 { __u32 bits; __u32 addr[4]; };
 struct ct4 { __u32 where, local, remote; __u16 lport, rport; };
 struct ct6 { __u32 where, local[4], remote[4]; __u16 lport, rport; };
 union flow { struct ct4 v4; struct ct6 v6; };
-struct ct_value { __u32 last; __u32 flags; };
+/* passed is what let the last packet of each direction pass by policy: the
+ * generation of the tables then, and a reason that JUDGED. */
+struct ct_value { __u32 last; __u32 flags; __u32 passed[2]; };
 
 enum {
 	CT_OUT = 1,    /* the pod opened it */
@@ -106,13 +110,20 @@ struct block { __u16 cell[ROW_CELLS]; };
 struct bitmap { __u8 bits[BITMAP]; };
 struct addr6 { __u32 a[4]; };
 
+/* Buckets of the hash tables of peers' addresses, a cache line each: a lookup
+ * costs one miss, where a hash map's costs three (bucket, element, its
+ * neighbour). The loader fills them (peers.go); what has no place in its bucket
+ * is in the trie. A class of 0 is no entry. */
+struct peers4 { __u64 slot[8]; };                           /* address, class << 32 */
+struct peers6 { __u32 class[3]; __u32 pad; __u64 addr[3][2]; };
+
 MAP(ep_if, HASH, __u32, __u32, 4096, BPF_F_NO_PREALLOC);
 MAP(ep_near, ARRAY, __u32, __u32, NEAR, BPF_F_MMAPABLE);
 MAP(endpoints, ARRAY, __u32, struct endpoint, 4096, BPF_F_MMAPABLE);
 MAP(ep_ip4, HASH, __u32, __u32, 8192, BPF_F_NO_PREALLOC);
 MAP(ep_ip6, HASH, struct addr6, __u32, 8192, BPF_F_NO_PREALLOC);
-MAP(cls4, HASH, __u32, __u32, 131072, BPF_F_NO_PREALLOC);
-MAP(cls6, HASH, struct addr6, __u32, 131072, BPF_F_NO_PREALLOC);
+MAP(peers4, ARRAY, __u32, struct peers4, 32768, BPF_F_MMAPABLE);
+MAP(peers6, ARRAY, __u32, struct peers6, 32768, BPF_F_MMAPABLE);
 MAP(cidr4, LPM_TRIE, struct lpm4, __u32, 131072, BPF_F_NO_PREALLOC);
 MAP(cidr6, LPM_TRIE, struct lpm6, __u32, 131072, BPF_F_NO_PREALLOC);
 MAP(rows, ARRAY, __u32, struct block, 65536, BPF_F_MMAPABLE);
@@ -121,6 +132,9 @@ MAP(profiles, ARRAY, __u32, struct bitmap, 2 * 4096, BPF_F_MMAPABLE);
 MAP(state, ARRAY, __u32, struct state, 1, BPF_F_MMAPABLE);
 MAP(ct4, LRU_HASH, struct ct4, struct ct_value, 65536, 0);
 MAP(ct6, LRU_HASH, struct ct6, struct ct_value, 65536, 0);
+/* Counts the changes of what verdicts follow from: conntrack's verdicts of
+ * another generation are void. Pinned with conntrack, shared by all processes. */
+MAP(generation, ARRAY, __u32, __u32, 1, BPF_F_MMAPABLE);
 MAP(frags, LRU_HASH, struct frag_key, struct frag_ports, 2048, 0);
 MAP(counters, PERCPU_ARRAY, __u32, struct counter, 160, 0);
 MAP(windows, PERCPU_ARRAY, __u32, struct window, 32, 0);
@@ -137,6 +151,8 @@ enum reason {
 	R_EARLY, R_DEGRADED, R_REVOKED,
 };
 #define DROPPED(r) ((r) >= R_NOT_READY)
+#define JUDGED(r) ((r) <= R_REPLY || (r) == R_HOST)
+#define REASON_BITS 3
 
 /* With this in cb[0] a test run changes nothing and finds the reason in cb[1],
  * the class in cb[2] and the profile in cb[3]. */
@@ -157,6 +173,8 @@ struct packet {
 	__u32 class, profile; /* for events: what decided */
 	__u32 ifindex, ingress; /* of the context, read once */
 	__u32 dry;
+	__u32 generation; /* read before any table */
+	__u32 judged; /* this packet's verdict may stand for the flow's direction */
 };
 
 #define SYN 2
@@ -172,6 +190,13 @@ static __always_inline __u8 port_index(__u8 proto)
 	return proto == 6 ? 0 : proto == 17 ? 1 : proto == 132 ? 2 : 3;
 }
 
+static __always_inline __u32 generation_now(void)
+{
+	__u32 zero = 0, *g = bpf_map_lookup_elem(&generation, &zero);
+
+	return g ? READ_ONCE(*g) << REASON_BITS : 0;
+}
+
 /* start clears p and copies what is used of the context: loads from it at
  * addresses that the compiler computed are refused. */
 static __always_inline void start(struct __sk_buff *skb, struct packet *p)
@@ -180,6 +205,7 @@ static __always_inline void start(struct __sk_buff *skb, struct packet *p)
 	p->ifindex = READ_ONCE(skb->ifindex);
 	p->ingress = READ_ONCE(skb->ingress_ifindex);
 	p->dry = READ_ONCE(skb->cb[0]) == DRY32;
+	p->generation = generation_now();
 }
 
 static __always_inline void frag_key_of(struct frag_key *k, struct __sk_buff *skb, struct packet *p, __u32 id)
@@ -400,7 +426,7 @@ static __always_inline __u16 ethertype(struct __sk_buff *skb)
 {
 	struct eth_ip4 *h = (void *)(long)skb->data;
 
-	if ((void *)h + 54 > (void *)(long)skb->data_end)
+	if ((void *)h + 54 > (void *)(long)skb->data_end && skb->len > skb->data_end - skb->data)
 		bpf_skb_pull_data(skb, skb->len < 128 ? skb->len : 128);
 	h = (void *)(long)skb->data;
 	if ((void *)h + 14 > (void *)(long)skb->data_end)
@@ -427,14 +453,53 @@ static __always_inline struct endpoint *endpoint_of(__u32 ifindex, __u32 *id)
 	return bpf_map_lookup_elem(&endpoints, id);
 }
 
+static __always_inline __u32 peer4(__u32 addr)
+{
+	__u32 n = addr * cfg_seed >> cfg_peers;
+	struct peers4 *b = bpf_map_lookup_elem(&peers4, &n);
+
+	if (!b)
+		return 0;
+#pragma unroll
+	for (int i = 0; i < 8; i++) {
+		__u64 s = READ_ONCE(b->slot[i]);
+
+		if ((__u32)s == addr)
+			return s >> 32;
+	}
+	return 0;
+}
+
+/* peer6 reads a class before its address: the loader writes them the other way
+ * round, and uses no slot again before a grace period. */
+static __always_inline __u32 peer6(const __u32 *addr)
+{
+	__u64 high = (__u64)addr[1] << 32 | addr[0], low = (__u64)addr[3] << 32 | addr[2], h = high * cfg_seed;
+	struct peers6 *b;
+	__u32 n;
+
+	h = (h >> 32 ^ low) * cfg_seed;
+	n = h >> cfg_peers;
+	b = bpf_map_lookup_elem(&peers6, &n);
+	if (!b)
+		return 0;
+#pragma unroll
+	for (int i = 0; i < 3; i++) {
+		__u32 class = READ_ONCE(b->class[i]);
+
+		if (class && READ_ONCE(b->addr[i][0]) == high && READ_ONCE(b->addr[i][1]) == low)
+			return class;
+	}
+	return 0;
+}
+
 static __always_inline __u32 class_of(const __u32 *addr, bool v6)
 {
-	__u32 *c, zero = 0;
+	__u32 *c, zero = 0, exact = v6 ? peer6(addr) : peer4(*addr);
 	struct state *s;
 
-	c = v6 ? bpf_map_lookup_elem(&cls6, addr) : bpf_map_lookup_elem(&cls4, addr);
-	if (c)
-		return *c;
+	if (exact)
+		return exact;
 	s = bpf_map_lookup_elem(&state, &zero);
 	if (!s || !(v6 ? s->cidrs6 : s->cidrs4))
 		return WORLD;
@@ -461,6 +526,7 @@ static __always_inline __u32 source_class(struct packet *p, bool v6)
 		__u32 id;
 		struct endpoint *e = endpoint_of(p->ingress, &id);
 
+		p->judged = 0; /* it depends on more than the flow */
 		if (e)
 			class = v6 ? e->class6 : e->class4;
 	}
@@ -585,6 +651,14 @@ static __always_inline struct ct_value *ct_alive(union flow *f, bool v6)
 	return v && !ct_dead(v, f->v4.where & 0xff) ? v : NULL;
 }
 
+/* judged notes why policy let a packet pass, for the flow's next ones that go
+ * the same way. */
+static __always_inline void judged(struct ct_value *v, struct packet *p, int dir, enum reason reason)
+{
+	if (p->judged && JUDGED(reason))
+		WRITE_ONCE(v->passed[dir], p->generation | (reason + 1));
+}
+
 /* ct_touch notes that a packet of a known flow went by, opposite to or along
  * with the direction in which it was opened. */
 static __always_inline void ct_touch(struct ct_value *v, struct packet *p, bool along)
@@ -606,9 +680,10 @@ static __always_inline void ct_touch(struct ct_value *v, struct packet *p, bool 
 /* track keeps conntrack of a packet that policy allows as such: opened is
  * CT_OUT or CT_IN by the way it goes, with CT_HOST or CT_DEFER. It returns
  * true for a flow that is new. */
-static __always_inline bool track(union flow *f, struct packet *p, __u32 opened, bool v6)
+static __always_inline bool track(union flow *f, struct packet *p, __u32 opened, enum reason reason, bool v6)
 {
-	struct ct_value *v, n;
+	int dir = opened & CT_IN ? IN : OUT;
+	struct ct_value *v, n = {};
 
 	if (p->later || p->error)
 		return false;
@@ -622,8 +697,10 @@ static __always_inline bool track(union flow *f, struct packet *p, __u32 opened,
 		if (!along && p->proto != 6 && !(v->flags & CT_HOST))
 			WRITE_ONCE(v->flags, v->flags | (opened & (CT_OUT | CT_IN)));
 		ct_touch(v, p, along);
+		judged(v, p, dir, reason);
 		return false;
 	}
+	judged(&n, p, dir, reason);
 	n.last = (__u32)bpf_jiffies64();
 	n.flags = opened;
 	if (p->proto == 6 && !OPENS(p)) {
@@ -738,10 +815,12 @@ static __always_inline enum reason reply(union flow *f, struct packet *p, __u64 
 	if (ct && !OPENS(p)) {
 		if (ct->flags & CT_HOST && dir == OUT) {
 			ct_touch(ct, p, false);
+			judged(ct, p, dir, R_HOST);
 			return R_HOST;
 		}
 		if (cfg_keep || word & W_DEGRADED) {
 			ct_touch(ct, p, ct->flags & (opened ^ (CT_IN | CT_OUT)));
+			judged(ct, p, dir, R_REPLY);
 			return R_REPLY;
 		}
 		if (!(ct->flags & opened))
@@ -749,6 +828,7 @@ static __always_inline enum reason reply(union flow *f, struct packet *p, __u64 
 		if (!(ct->flags & CT_DEFER) && verdict(p, word, !dir, class, p->port, p->sport) == P_DENY)
 			return R_REVOKED;
 		ct_touch(ct, p, false);
+		judged(ct, p, dir, R_REPLY);
 		return R_REPLY;
 	}
 	if (word & W_DEGRADED)
@@ -820,13 +900,14 @@ static __always_inline int from_pod(struct __sk_buff *skb, struct packet *p, int
 		return done(skb, p, H_FROM_POD, R_SPOOF, word, id, false, v6);
 	if (parsed != PARSED) /* a fragment of an unknown first, of a pod that is not isolated */
 		return done(skb, p, H_FROM_POD, R_OPEN, word, id, false, v6);
+	p->judged = !p->dry;
 	flow_of(&f, p, true, v6);
 	if (!(word & W_ACTIVE)) {
 		ct = ct_alive(&f, v6);
 		return done(skb, p, H_FROM_POD, ct && ct->flags & CT_HOST ? R_HOST : R_NOT_READY, word, id, false, v6);
 	}
 	if (!(word & W_ISO(OUT))) {
-		bool fresh = !p->dry && track(&f, p, CT_OUT, v6);
+		bool fresh = !p->dry && track(&f, p, CT_OUT, R_OPEN, v6);
 
 		return done(skb, p, H_FROM_POD, R_OPEN, word, id, fresh, v6);
 	}
@@ -834,7 +915,7 @@ static __always_inline int from_pod(struct __sk_buff *skb, struct packet *p, int
 	if (!(word & W_DEGRADED)) {
 		v = look(p, word, OUT, class, p->port, p->dport);
 		if (v == P_ALLOW) {
-			bool fresh = !p->dry && track(&f, p, CT_OUT, v6);
+			bool fresh = !p->dry && track(&f, p, CT_OUT, R_POLICY, v6);
 
 			return done(skb, p, H_FROM_POD, R_POLICY, word, id, fresh, v6);
 		}
@@ -845,12 +926,14 @@ static __always_inline int from_pod(struct __sk_buff *skb, struct packet *p, int
 
 			ct = ct_alive(&f, v6);
 			if (ct && !OPENS(p) && ct->flags & (CT_IN | CT_HOST)) {
-				if (!p->dry)
+				if (!p->dry) {
 					ct_touch(ct, p, false);
+					judged(ct, p, OUT, R_REPLY);
+				}
 				return done(skb, p, H_FROM_POD, R_REPLY, word, id, false, v6);
 			}
 			skb->mark |= cfg_mark;
-			fresh = !p->dry && track(&f, p, CT_OUT | CT_DEFER, v6);
+			fresh = !p->dry && track(&f, p, CT_OUT | CT_DEFER, R_DEFERRED, v6);
 			return done(skb, p, H_FROM_POD, R_DEFERRED, word, id, fresh, v6);
 		}
 	}
@@ -889,7 +972,7 @@ static __always_inline int to_pod(struct __sk_buff *skb, struct packet *p, int p
 		flow_of(&f, p, false, v6);
 	if (in == 0) { /* this host sends it: probes, and whatever the node does */
 		if (parsed == PARSED && !p->dry)
-			track(&f, p, CT_IN | CT_HOST, v6);
+			track(&f, p, CT_IN | CT_HOST, R_NEIGHBOUR, v6);
 		return done(skb, p, H_TO_POD, R_HOST, word, id, false, v6);
 	}
 	if (!(word & W_ACTIVE))
@@ -901,18 +984,19 @@ static __always_inline int to_pod(struct __sk_buff *skb, struct packet *p, int p
 			return done(skb, p, H_TO_POD, unusual(parsed), word, id, false, v6);
 		return done(skb, p, H_TO_POD, R_OPEN, word, id, false, v6);
 	}
+	p->judged = !p->dry && !(skb->mark & cfg_mark);
 	if (skb->mark & cfg_mark) {
 		if (deferred_denied(p, v6 ? e->class6 : e->class4))
 			return done(skb, p, H_TO_POD, R_DEFERRED_OUT, 0, id, false, v6);
 		skb->mark &= ~cfg_mark;
 	}
 	if (!(word & W_ISO(IN))) {
-		fresh = !p->dry && track(&f, p, CT_IN, v6);
+		fresh = !p->dry && track(&f, p, CT_IN, R_OPEN, v6);
 		return done(skb, p, H_TO_POD, R_OPEN, word, id, fresh, v6);
 	}
 	class = source_class(p, v6);
 	if (!(word & W_DEGRADED) && look(p, word, IN, class, p->port, p->dport) == P_ALLOW) {
-		fresh = !p->dry && track(&f, p, CT_IN, v6);
+		fresh = !p->dry && track(&f, p, CT_IN, R_POLICY, v6);
 		return done(skb, p, H_TO_POD, R_POLICY, word, id, fresh, v6);
 	}
 	r = reply(&f, p, word, IN, class, v6);
@@ -921,7 +1005,74 @@ static __always_inline int to_pod(struct __sk_buff *skb, struct packet *p, int p
 	return done(skb, p, H_TO_POD, r, word, id, false, v6);
 }
 
-static __always_inline int pod_hook(struct __sk_buff *skb, bool out)
+/* known passes a packet of a flow whose direction was judged already, by the
+ * tables as they are: most packets. It looks at nothing but conntrack, since
+ * what a packet costs beside a busy stack is the memory that it touches. */
+static __always_inline bool known(struct __sk_buff *skb, bool out)
+{
+	void *data = (void *)(long)skb->data, *end = (void *)(long)skb->data_end;
+	int dir = out ? OUT : IN;
+	struct eth_ip4 *h = data;
+	__u32 passed, zero = 0, *g;
+	struct packet p;
+	__u8 *ports;
+	union flow f;
+	struct ct_value *v;
+
+	if (READ_ONCE(skb->cb[0]) == DRY32 || data + 42 > end)
+		return false;
+	p.ifindex = READ_ONCE(skb->ifindex);
+	p.ingress = READ_ONCE(skb->ingress_ifindex);
+	if (!out && (p.ingress == 0 || p.ingress == p.ifindex || skb->mark & cfg_mark))
+		return false;
+	if (h->proto == htons(ETH_P_IP)) {
+		if (h->ihl_version != 0x45 || h->frag_off & htons(0x3fff))
+			return false;
+		p.proto = h->protocol;
+		ports = data + 34;
+	} else if (h->proto == htons(ETH_P_IPV6)) {
+		if (data + 62 > end)
+			return false;
+		p.proto = ((struct eth_ip6 *)data)->nexthdr;
+		ports = data + 54;
+	} else {
+		return false;
+	}
+	p.tcp = 0;
+	if (p.proto == 6) {
+		if ((void *)ports + 20 > end)
+			return false;
+		p.tcp = ports[13];
+	} else if (p.proto != 17) {
+		return false;
+	}
+	p.sport = (__u16)ports[0] << 8 | ports[1];
+	p.dport = (__u16)ports[2] << 8 | ports[3];
+	if (OPENS(&p))
+		return false;
+	if (h->proto == htons(ETH_P_IP)) {
+		p.src[0] = h->saddr;
+		p.dst[0] = h->daddr;
+		flow_of(&f, &p, out, false);
+		v = ct_find(&f, false);
+	} else {
+		__builtin_memcpy(p.src, ((struct eth_ip6 *)data)->saddr, 16);
+		__builtin_memcpy(p.dst, ((struct eth_ip6 *)data)->daddr, 16);
+		flow_of(&f, &p, out, true);
+		v = ct_find(&f, true);
+	}
+	g = bpf_map_lookup_elem(&generation, &zero);
+	if (!v || !g)
+		return false;
+	passed = READ_ONCE(v->passed[dir]);
+	if (passed >> REASON_BITS != (READ_ONCE(*g) << REASON_BITS) >> REASON_BITS || ct_dead(v, p.proto))
+		return false;
+	ct_touch(v, &p, v->flags & (out ? CT_OUT : CT_IN));
+	count(out ? H_FROM_POD : H_TO_POD, (passed & ((1 << REASON_BITS) - 1)) - 1, skb->len);
+	return true;
+}
+
+static __noinline int judge(struct __sk_buff *skb, bool out)
 {
 	struct packet p;
 	__u32 id = 0;
@@ -950,13 +1101,13 @@ static __always_inline int pod_hook(struct __sk_buff *skb, bool out)
 SEC("tc")
 int na_from_pod(struct __sk_buff *skb)
 {
-	return pod_hook(skb, true);
+	return known(skb, true) ? ALLOW : judge(skb, true);
 }
 
 SEC("tc")
 int na_to_pod(struct __sk_buff *skb)
 {
-	return pod_hook(skb, false);
+	return known(skb, false) ? ALLOW : judge(skb, false);
 }
 
 SEC("tc")

@@ -1,12 +1,14 @@
 // Command policy measures what policy costs flows between two network
 // namespaces that this machine routes between: without any rules, with the
-// policy engine and with nftables rules that allow and deny the same, in turns.
-// It prints medians and the ratio of each to none. Called by `make bench-policy`.
+// policy engine and with nftables rules that allow and deny the same, in turns;
+// and with programs on the engine's hooks that do nothing, which is the least that
+// one may cost. It prints medians, and the median of the rounds' ratios to none. Called by `make bench-policy`.
 //
-// It works in network and mount namespaces of its own. A loop of a measurement
-// is a thread of its own, tied to a CPU, which waits in the kernel and not in
-// Go's scheduler: what is left to compare is the kernel's way. Root is needed,
-// and nft for that column.
+// It works in network and mount namespaces of its own; the engine lives in a
+// process of its own, as it does beside pods. A loop of a measurement is a thread,
+// tied to a CPU, which waits in the kernel and not in Go's scheduler, and gets no
+// signals of it: what is left to compare is the kernel's way. Root is needed, and
+// nft for that column.
 package main
 
 import (
@@ -18,11 +20,15 @@ import (
 	"runtime"
 	"runtime/debug"
 	"slices"
+	"strings"
 	"syscall"
 	"time"
 )
 
-const inside = "NODEAGENT_POLICY_BENCH"
+const (
+	inside   = "NODEAGENT_POLICY_BENCH" // what this process is; empty: the outermost
+	engineOf = "engine"
+)
 
 func main() {
 	rounds := flag.Int("rounds", 9, "of all measurements")
@@ -30,8 +36,11 @@ func main() {
 	trips := flag.Int("trips", 20_000, "round trips of a measurement")
 	flag.Parse()
 	err := func() error {
-		if os.Getenv(inside) == "" {
+		switch os.Getenv(inside) {
+		case "":
 			return again()
+		case engineOf:
+			return serve(flag.Args())
 		}
 		runtime.GOMAXPROCS(8) // threads that wait in the kernel keep what they run on
 		debug.SetGCPercent(-1)
@@ -46,7 +55,7 @@ func main() {
 // again runs this program in namespaces of its own.
 func again() error {
 	cmd := exec.Command("/proc/self/exe", os.Args[1:]...)
-	cmd.Env = append(os.Environ(), inside+"=1")
+	cmd.Env = append(os.Environ(), inside+"=1", "GODEBUG=asyncpreemptoff=1")
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	cmd.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWNET | syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGKILL}
 	return cmd.Run()
@@ -58,7 +67,7 @@ func run(rounds int, l load) error {
 		return err
 	}
 	defer s.close()
-	modes := []mode{{"none", s.nothing}, {"policy", s.policy}, {"nftables", s.nftables}}
+	modes := []mode{{"none", s.nothing}, {"empty", s.empty}, {"policy", s.policy}, {"nftables", s.nftables}}
 	values := map[string]map[string][]float64{} // measure, mode
 	for round := range rounds {
 		for i := range modes {
@@ -82,15 +91,32 @@ func run(rounds int, l load) error {
 			}
 		}
 	}
-	fmt.Printf("medians of %d rounds, and the ratio to none; in brackets the spread of none\n\n", rounds)
-	fmt.Printf("| | unit | none | policy | ratio | nftables | ratio |\n|---|---|---|---|---|---|---|\n")
+	fmt.Printf("medians of %d rounds, and of their ratios to none; in brackets the spread of none\n\n", rounds)
+	fmt.Printf("| | unit | none |")
+	for _, m := range modes[1:] {
+		fmt.Printf(" %s | ratio |", m.name)
+	}
+	fmt.Printf("\n|---|---|---|%s\n", strings.Repeat("---|---|", len(modes)-1))
 	for _, q := range measures {
 		v := values[q.name]
 		none := median(v["none"])
-		fmt.Printf("| %s | %s | %.4g (%.4g to %.4g) | %.4g | %.3f | %.4g | %.3f |\n", q.name, q.unit, none, slices.Min(v["none"]), slices.Max(v["none"]),
-			median(v["policy"]), median(v["policy"])/none, median(v["nftables"]), median(v["nftables"])/none)
+		fmt.Printf("| %s | %s | %.4g (%.4g to %.4g) |", q.name, q.unit, none, slices.Min(v["none"]), slices.Max(v["none"]))
+		for _, m := range modes[1:] {
+			fmt.Printf(" %.4g | %.3f |", median(v[m.name]), median(ratios(v[m.name], v["none"])))
+		}
+		fmt.Println()
 	}
 	return nil
+}
+
+// ratios are those of the rounds, by which a machine that is faster at times
+// does not matter.
+func ratios(list, base []float64) []float64 {
+	out := make([]float64, len(list))
+	for i := range list {
+		out[i] = list[i] / base[i]
+	}
+	return out
 }
 
 // mode is a state of the node; start returns how it is left.
@@ -100,6 +126,6 @@ type mode struct {
 }
 
 func median[T cmp.Ordered](list []T) T {
-	slices.Sort(list)
+	list = slices.Sorted(slices.Values(list))
 	return list[len(list)/2]
 }

@@ -247,10 +247,13 @@ func packets(s *site, l load) (float64, error) {
 	receive := onCPU(1, func() error {
 		b := make([]byte, 64)
 		for !stop.Load() {
-			if _, err := call(unix.SYS_READ, p.server, b); err == nil {
+			_, _, errno := syscall.RawSyscall(unix.SYS_READ, uintptr(p.server), uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)))
+			switch errno {
+			case 0:
 				got++
-			} else if err != syscall.EAGAIN {
-				return err
+			case syscall.EAGAIN, syscall.EINTR: // see whether to stop
+			default:
+				return errno
 			}
 		}
 		return nil

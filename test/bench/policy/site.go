@@ -4,16 +4,21 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/netip"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"strconv"
 	"strings"
 	"syscall"
 	"time"
 
+	ciliumebpf "github.com/cilium/ebpf"
+	"github.com/cilium/ebpf/asm"
+	"github.com/cilium/ebpf/link"
 	"github.com/vishvananda/netlink"
 	"github.com/vishvananda/netns"
 	core "k8s.io/api/core/v1"
@@ -130,35 +135,92 @@ func route(l netlink.Link, to netip.Prefix, via netip.Addr) error {
 
 func (s *site) nothing() (func() error, error) { return func() error { return nil }, nil }
 
-// policy isolates both pods both ways; a may open two ports of b. The engine
-// leaves its programs: they enforce without it.
-func (s *site) policy() (func() error, error) {
-	engine, err := ebpf.New(ebpf.Config{BPFFS: filepath.Join(s.dir, "bpf"), Name: "bench"})
+// empty has programs that pass everything where policy has its own.
+func (s *site) empty() (func() error, error) {
+	p, err := ciliumebpf.NewProgram(&ciliumebpf.ProgramSpec{Type: ciliumebpf.SchedCLS, License: "GPL", Instructions: asm.Instructions{asm.Mov.Imm(asm.R0, -1), asm.Return()}})
 	if err != nil {
 		return nil, err
+	}
+	defer p.Close()
+	var links []link.Link
+	stop := func() error {
+		var errs []error
+		for _, l := range links {
+			errs = append(errs, l.Close())
+		}
+		return errors.Join(errs...)
+	}
+	for _, at := range []*place{s.a, s.b} {
+		for _, way := range []ciliumebpf.AttachType{ciliumebpf.AttachTCXIngress, ciliumebpf.AttachTCXEgress} {
+			l, err := link.AttachTCX(link.TCXOptions{Interface: at.iface, Program: p, Attach: way})
+			if err != nil {
+				return nil, errors.Join(fmt.Errorf("attach to %s: %w", at.name, err), stop())
+			}
+			links = append(links, l)
+		}
+	}
+	return stop, nil
+}
+
+// policy isolates both pods both ways; a may open two ports of b. The engine
+// lives in a process of its own, for its threads would take turns with ours.
+func (s *site) policy() (func() error, error) {
+	cmd := exec.Command("/proc/self/exe", s.dir, fmt.Sprint(s.a.iface), s.a.ip.String(), fmt.Sprint(s.b.iface), s.b.ip.String())
+	cmd.Env = append(os.Environ(), inside+"="+engineOf)
+	cmd.Stderr = os.Stderr
+	in, err := cmd.StdinPipe()
+	if err != nil {
+		return nil, err
+	}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return nil, err
+	}
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	stop := func() error {
+		err := errors.Join(in.Close(), cmd.Wait(), ebpf.Clear(filepath.Join(s.dir, "bpf"), "bench"))
+		time.Sleep(300 * time.Millisecond) // the kernel lets go of links in its own time
+		return err
+	}
+	if _, err := out.Read(make([]byte, 1)); err != nil {
+		return nil, errors.Join(fmt.Errorf("start the engine: %w", err), stop())
+	}
+	return stop, nil
+}
+
+// serve runs the engine until stdin closes. It prints a line once it enforces.
+func serve(args []string) error {
+	bpf := filepath.Join(args[0], "bpf")
+	engine, err := ebpf.New(ebpf.Config{BPFFS: bpf, Name: "bench"})
+	if err != nil {
+		return err
 	}
 	ctx, cancel := context.WithCancel(context.Background())
 	ended := make(chan error, 1)
 	go func() { ended <- engine.Run(ctx) }()
-	stop := func() error {
-		err := ebpf.Clear(filepath.Join(s.dir, "bpf"), "bench")
-		time.Sleep(300 * time.Millisecond) // the kernel lets go of links in its own time
-		return err
-	}
 	var live []ebpf.Pod
-	for _, p := range []*place{s.a, s.b} {
-		live = append(live, ebpf.Pod{SandboxID: p.name, PodKey: objects.PodKey{Namespace: "bench", Name: p.name}, Labels: map[string]string{"app": p.name}, Interface: p.iface, IPs: []netip.Addr{p.ip}})
+	for i, name := range []string{"a", "b"} {
+		iface, err1 := strconv.Atoi(args[1+2*i])
+		ip, err2 := netip.ParseAddr(args[2+2*i])
+		if err := errors.Join(err1, err2); err != nil {
+			cancel()
+			return errors.Join(err, <-ended)
+		}
+		live = append(live, ebpf.Pod{SandboxID: name, PodKey: objects.PodKey{Namespace: "bench", Name: name}, Labels: map[string]string{"app": name}, Interface: iface, IPs: []netip.Addr{ip}})
 	}
 	lists := objects.Lists{Namespaces: []objects.Namespace{{Name: "bench"}}, Policies: []*objects.Policy{rule("a"), rule("b")}}
 	err = engine.Change(ctx, lists.Whole())
 	if err == nil {
 		err = engine.Reconcile(ctx, live)
 	}
-	cancel()
-	if err = errors.Join(err, <-ended); err != nil {
-		return nil, errors.Join(err, stop())
+	if err == nil {
+		fmt.Println("enforced")
+		_, err = io.Copy(io.Discard, os.Stdin)
 	}
-	return stop, nil
+	cancel()
+	return errors.Join(err, <-ended)
 }
 
 func rule(app string) *objects.Policy {

@@ -295,25 +295,32 @@ spec: {podSelector: {matchLabels: {app: locked}}, policyTypes: [Ingress, Egress]
 func TestFirstPacketOfManyStarts(t *testing.T) {
 	n := policedNode(t, "", nil)
 	n.set(t, lockedPolicy)
-	locked(t, n, 50, func(first netip.Addr, i int) netip.Addr {
+	locked(t, n, 50, false, func(first netip.Addr, i int) netip.Addr {
 		a := first.As4()
 		return netip.AddrFrom4([4]byte{a[0], a[1], a[2], a[3] + byte(i)})
 	})
 }
 
 // locked starts count pods that may not talk, in parallel, between one that
-// listens and one that knocks at the addresses after its own.
-func locked(t *testing.T, n *policed, count int, next func(first netip.Addr, i int) netip.Addr) {
+// listens and one that knocks at the addresses after its own; from it comes a flood
+// as well, where they are on one link.
+func locked(t *testing.T, n *policed, count int, oneLink bool, next func(first netip.Addr, i int) netip.Addr) {
 	t.Helper()
 	sink, knocker := n.pod(t, "shop", "sink"), n.pod(t, "shop", "knocker")
 	listener := sink.run(t, command("/bin/testtool", "meet", "-listen", "9000"))
 	sinkIP, _ := sink.ips(t)
 	first, _ := knocker.ips(t)
 	knock := []string{"/bin/testtool", "meet", "-every", "10ms"}
+	var targets []netip.Addr
 	for i := range count + 4 {
-		knock = append(knock, netip.AddrPortFrom(next(first, i+1), 9001).String())
+		targets = append(targets, next(first, i+1))
+		knock = append(knock, netip.AddrPortFrom(targets[i], 9001).String())
 	}
 	knocks := knocker.run(t, command(knock...))
+	echoes := &flood{}
+	if oneLink {
+		echoes = newFlood(t, knocks, targets)
+	}
 	eventually(t, func() error {
 		if !strings.Contains(listener.text(t)+knocks.text(t), "meeting") {
 			return fmt.Errorf("not yet there")
@@ -362,6 +369,11 @@ func locked(t *testing.T, n *policed, count int, next func(first netip.Addr, i i
 				list = append(list, "the knocker: "+line)
 			}
 		}
+		for ip := range own {
+			if echoes.answered(netip.MustParseAddr(ip)) {
+				list = append(list, "the flood: an echo of "+ip)
+			}
+		}
 		for _, c := range started {
 			if got := strings.TrimSpace(strings.Replace(c.text(t), "meeting", "", 1)); got != "" {
 				list = append(list, "a locked pod: "+got)
@@ -375,7 +387,11 @@ func locked(t *testing.T, n *policed, count int, next func(first netip.Addr, i i
 	n.set(t, "")
 	eventually(t, func() error { // and this test would have seen them
 		got := strings.Join(through(), "\n")
-		for _, w := range []string{"the listener: heard tcp", "the listener: heard udp", "the knocker: answer tcp", "a locked pod: heard", "heard udp " + first.String()} {
+		signs := []string{"the listener: heard tcp", "the listener: heard udp", "the knocker: answer tcp", "a locked pod: heard", "heard udp " + first.String()}
+		if oneLink {
+			signs = append(signs, "the flood")
+		}
+		for _, w := range signs {
 			if !strings.Contains(got, w) {
 				return fmt.Errorf("without the policy: no %q in\n%s", w, got)
 			}
@@ -434,7 +450,7 @@ func TestPolicyOfForeignPlugins(t *testing.T) {
 			if out, err := n.policy(t, "why", "--from", badIP.String(), "--to", "shop/web:8080"); err != nil || !strings.Contains(out, "the loaded program: denied") {
 				t.Errorf("%v\n%s", err, out)
 			}
-			locked(t, n, 8, func(first netip.Addr, i int) netip.Addr {
+			locked(t, n, 8, kind == "bridge", func(first netip.Addr, i int) netip.Addr {
 				a := first.As4()
 				return netip.AddrFrom4([4]byte{a[0], a[1], a[2], a[3] + byte(i)})
 			})

@@ -119,6 +119,7 @@ test: build testtool controlplane test-deps ## run all tests (as root; ARGS are 
 	@start=$$SECONDS; failed=; \
 	$(GO) test -tags seccomp -p 2 -timeout 25m $(ARGS) ./... || failed=1; \
 	($(CONTROLPLANE) test -vet=off $(ARGS) ./...) || failed=1; \
+	$(MAKE) ARGS= test-vm-smoke || failed=1; \
 	if [ -z "$$failed" ]; then \
 		echo "all tests passed in $$((SECONDS-start)) s"; \
 	else \
@@ -137,13 +138,13 @@ test-vm: deb test-deps ## test the package in a virtual machine (as root; ARGS=-
 	@$(GO) build -o build/vm/vm ./test/vm
 	@build/vm/vm -package '$(DEB)' $(ARGS)
 
-# The shortest walk through the machine, as part of `make test`: bounded, and
-# skipped with a message where there is no qemu, no mirror or no time.
+# The shortest walk through the machine, the last part of `make test`: bounded,
+# and skipped with a message where there is no qemu, no mirror or no time.
 .PHONY: test-vm-smoke
-test-vm-smoke: deb test-deps ## the smoke suite of test-vm, if this host can do it in 8 minutes
+test-vm-smoke: deb test-deps ## the smoke suite of test-vm, if this host can do it in 6 minutes
 	$(call packages,$(VM_PACKAGES),echo "without them there is no virtual machine" >&2)
 	@$(GO) build -o build/vm/vm ./test/vm
-	@build/vm/vm -package '$(DEB)' -suites smoke -within 8m $(ARGS)
+	@build/vm/vm -package '$(DEB)' -suites smoke -within 6m $(ARGS)
 
 .PHONY: critest
 critest: build test-deps ## run the CRI validation suite CRITEST=file (as root; ARGS=-ginkgo.focus=...)

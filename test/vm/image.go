@@ -76,7 +76,8 @@ func bootstrap(ctx context.Context, root string) error {
 		return err
 	}
 	include := strings.Join(packages, ",")
-	if err := command(ctx, "unshare", "--mount", "--propagation", "private",
+	// The kernel's package need not make an initramfs: the machine has its own.
+	if err := command(ctx, "env", "INITRD=No", "unshare", "--mount", "--propagation", "private",
 		"debootstrap", "--variant=minbase", "--cache-dir="+debs, "--include="+include, suite, root, mirror); err != nil {
 		return err
 	}

@@ -145,7 +145,7 @@ func runMachines(ctx context.Context, o options, img image, payload string, n in
 	logs := make([]strings.Builder, n)
 	done := make(chan int)
 	for i := range n {
-		m := machine{image: img, payload: payload, accel: o.accel, memory: o.memory / n, cpus: o.cpus, dir: filepath.Join(o.cache, fmt.Sprintf("machine-%d-%d", n, i))}
+		m := machine{image: img, payload: payload, accel: o.accel, memory: o.memory, cpus: o.cpus, dir: filepath.Join(o.cache, fmt.Sprintf("machine-%d-%d", n, i))}
 		if n > 1 {
 			m.role = string(rune('a' + i))
 			m.wire = [2]string{filepath.Join(o.cache, fmt.Sprint("wire-", i)), filepath.Join(o.cache, fmt.Sprint("wire-", 1-i))}

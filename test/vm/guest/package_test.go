@@ -56,7 +56,7 @@ func TestServicePackage(t *testing.T) {
 		}
 	}
 	equal(t, "what bash completes", command(t, "bash", "-c", complete), "check completion config cert")
-	equal(t, "the unit as systemd sees it", command(t, "systemd-analyze", "verify", "nodeagent.service"), "")
+	equal(t, "the unit as systemd sees it", command(t, "systemd-analyze", "--man=no", "verify", "nodeagent.service"), "")
 }
 
 // complete prints what bash makes of "nodeagent c<Tab>", in a fixed order.

@@ -141,10 +141,10 @@ test-vm: deb test-deps ## test the package in a virtual machine (as root; ARGS=-
 # The shortest walk through the machine, the last part of `make test`: bounded,
 # and skipped with a message where there is no qemu, no mirror or no time.
 .PHONY: test-vm-smoke
-test-vm-smoke: deb test-deps ## the smoke suite of test-vm, if this host can do it in 6 minutes
+test-vm-smoke: deb test-deps ## the smoke suite of test-vm, if this host can do it in 7 minutes
 	$(call packages,$(VM_PACKAGES),echo "without them there is no virtual machine" >&2)
 	@$(GO) build -o build/vm/vm ./test/vm
-	@build/vm/vm -package '$(DEB)' -suites smoke -within 6m $(ARGS)
+	@build/vm/vm -package '$(DEB)' -suites smoke -within 7m $(ARGS)
 
 .PHONY: critest
 critest: build test-deps ## run the CRI validation suite CRITEST=file (as root; ARGS=-ginkgo.focus=...)

@@ -56,6 +56,9 @@ func TestServicePackage(t *testing.T) {
 		}
 	}
 	equal(t, "what bash completes", command(t, "bash", "-c", complete), "check completion config cert")
+	if s := property(t, "Before"); !strings.Contains(s, "kubelet.service") {
+		t.Errorf("the unit is before %q", s)
+	}
 	equal(t, "the unit as systemd sees it", command(t, "systemd-analyze", "--man=no", "verify", "nodeagent.service"), "")
 }
 

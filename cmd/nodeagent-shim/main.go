@@ -31,6 +31,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	_ "github.com/nodeagent/nodeagent/shim/initmode"
+	"github.com/nodeagent/nodeagent/shim/join"
 	"github.com/nodeagent/nodeagent/shim/pause"
 	"github.com/nodeagent/nodeagent/shim/reaper"
 	"github.com/nodeagent/nodeagent/shim/seccomp"
@@ -101,7 +102,11 @@ func run(log *slog.Logger, state, exits string) error {
 	if err != nil {
 		log.Warn("no reaper; exits while no shim runs may be unknown", "err", err)
 	}
-	s, err := server.New(server.Config{StateDir: state, ExitDir: exits, Reaper: conn, Kept: kept, Log: log, Seccomp: filters.Want})
+	joiner, err := join.New()
+	if err != nil {
+		log.Warn("every exec goes by way of libcontainer, which is slower", "err", err)
+	}
+	s, err := server.New(server.Config{StateDir: state, ExitDir: exits, Reaper: conn, Kept: kept, Log: log, Seccomp: filters, Joiner: joiner})
 	if err != nil {
 		return err
 	}

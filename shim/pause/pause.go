@@ -22,52 +22,17 @@ import "C"
 
 import (
 	"bytes"
-	"encoding/binary"
-	"fmt"
 	"os"
 	"path/filepath"
-	"runtime"
 	"unsafe"
-)
 
-// loadAt is where the program is in its memory.
-const loadAt = 0x400000
+	"github.com/nodeagent/nodeagent/shim/tinyelf"
+)
 
 // Program returns the program as an ELF file.
 func Program() ([]byte, error) {
-	machine, ok := map[string]uint16{"amd64": 62, "arm64": 183}[runtime.GOARCH]
-	if !ok {
-		return nil, fmt.Errorf("make pause program: no code for %s", runtime.GOARCH)
-	}
 	code := unsafe.Slice((*byte)(C.nodeagent_pause_code()), int(C.nodeagent_pause_size()))
-	const headers = 64 + 2*56
-	size := uint64(headers + len(code))
-	le := binary.LittleEndian
-	// ELF64 header: 64-bit, little endian, version 1, ET_EXEC.
-	b := []byte{0x7f, 'E', 'L', 'F', 2, 1, 1, 0, 0, 0, 0, 0, 0, 0, 0, 0}
-	b = le.AppendUint16(b, 2)
-	b = le.AppendUint16(b, machine)
-	b = le.AppendUint32(b, 1)
-	b = le.AppendUint64(b, loadAt+headers+uint64(C.nodeagent_pause_entry()))
-	b = le.AppendUint64(b, 64) // program headers
-	b = le.AppendUint64(b, 0)  // section headers: none
-	b = le.AppendUint32(b, 0)
-	for _, v := range []uint16{64, 56, 2, 0, 0, 0} {
-		b = le.AppendUint16(b, v)
-	}
-	// PT_LOAD, readable and executable: the whole file.
-	b = le.AppendUint32(b, 1)
-	b = le.AppendUint32(b, 5)
-	for _, v := range []uint64{0, loadAt, loadAt, size, size, 4096} {
-		b = le.AppendUint64(b, v)
-	}
-	// PT_GNU_STACK, not executable.
-	b = le.AppendUint32(b, 0x6474e551)
-	b = le.AppendUint32(b, 6)
-	for _, v := range []uint64{0, 0, 0, 0, 0, 16} {
-		b = le.AppendUint64(b, v)
-	}
-	return append(b, code...), nil
+	return tinyelf.Program(code, int(C.nodeagent_pause_entry()))
 }
 
 // WriteRoot makes a root filesystem at dir with /pause and the directories that

@@ -20,6 +20,7 @@ import (
 	"log/slog"
 	"os"
 	"os/exec"
+	"runtime"
 	"sync"
 	"time"
 
@@ -49,6 +50,8 @@ type Cache struct {
 type program struct {
 	profile [sha256.Size]byte
 	entry   []byte // lengths, noted calls, program: as in the table
+	flags   uint64 // of seccomp(2)
+	final   []byte // what libcontainer makes of program, and loads
 }
 
 // NewCache returns an empty cache. exe is the program to start with Arg to
@@ -104,18 +107,19 @@ func encode(p *configs.Seccomp) ([sha256.Size]byte, []byte, error) {
 	return sha256.Sum256(b), b, err
 }
 
-func (c *Cache) add(ctx context.Context, p *configs.Seccomp) error {
-	key, text, err := encode(p)
+func (c *Cache) add(ctx context.Context, profile *configs.Seccomp) error {
+	key, text, err := encode(profile)
 	if err != nil {
 		return err
 	}
-	entry, err := c.compile(ctx, text)
+	p, err := c.compile(ctx, text)
 	if err != nil {
 		return err
 	}
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	c.programs = append(c.programs, program{key, entry})
+	p.profile = key
+	c.programs = append(c.programs, p)
 	if len(c.programs) > maxPrograms {
 		delete(c.known, c.programs[0].profile)
 		c.last = nil
@@ -124,8 +128,26 @@ func (c *Cache) add(ctx context.Context, p *configs.Seccomp) error {
 	return c.publish()
 }
 
+// Program returns the filter that libcontainer would load for p, as an array of
+// struct sock_filter, and the flags of seccomp(2); not ok while it is not
+// compiled, and for one with a listener. It is not to be changed.
+func (c *Cache) Program(p *configs.Seccomp) (final []byte, flags uint64, ok bool) {
+	key, _, err := encode(p)
+	if err != nil {
+		return nil, 0, false
+	}
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, have := range c.programs {
+		if have.profile == key && have.flags&unix.SECCOMP_FILTER_FLAG_NEW_LISTENER == 0 {
+			return have.final, have.flags, true
+		}
+	}
+	return nil, 0, false
+}
+
 // compile runs the sacrificial process on a profile.
-func (c *Cache) compile(ctx context.Context, profile []byte) ([]byte, error) {
+func (c *Cache) compile(ctx context.Context, profile []byte) (program, error) {
 	ctx, cancel := context.WithTimeout(ctx, compileTimeout)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, c.exe, Arg)
@@ -134,13 +156,30 @@ func (c *Cache) compile(ctx context.Context, profile []byte) ([]byte, error) {
 	var out, report bytes.Buffer
 	cmd.Stdout, cmd.Stderr = &out, &report
 	if err := cmd.Run(); err != nil {
-		return nil, fmt.Errorf("compile seccomp profile: %w: %s", err, bytes.TrimSpace(report.Bytes()))
+		return program{}, fmt.Errorf("compile seccomp profile: %w: %s", err, bytes.TrimSpace(report.Bytes()))
 	}
-	b := out.Bytes()
-	if len(b) < 8 || 8+uint64(binary.NativeEndian.Uint32(b))+uint64(binary.NativeEndian.Uint32(b[4:])) != uint64(len(b)) {
-		return nil, fmt.Errorf("compile seccomp profile: %d bytes of garbage", len(b))
+	p, ok := parse(out.Bytes())
+	if !ok {
+		return program{}, fmt.Errorf("compile seccomp profile: %d bytes of garbage", out.Len())
 	}
-	return b, nil
+	return p, nil
+}
+
+// parse takes what the sacrificial process writes: an entry of the table, then
+// the flags and the final program.
+func parse(b []byte) (program, bool) {
+	if len(b) < 8 {
+		return program{}, false
+	}
+	entry := 8 + uint64(binary.NativeEndian.Uint32(b)) + uint64(binary.NativeEndian.Uint32(b[4:]))
+	if uint64(len(b)) < entry+8 {
+		return program{}, false
+	}
+	final := b[entry+8:]
+	if len(final) == 0 || len(final)%8 != 0 {
+		return program{}, false
+	}
+	return program{entry: b[:entry], flags: binary.NativeEndian.Uint64(b[entry:]), final: final}, true
 }
 
 // publish replaces the table by one of c.programs. c.mu is held (but in
@@ -178,8 +217,9 @@ func Compile() {
 	var p configs.Seccomp
 	err := json.NewDecoder(os.Stdin).Decode(&p)
 	if err == nil {
+		runtime.LockOSThread() // the one that is not to load the filter
 		C.na_seccomp_capture(1)
-		_, err = libcontainerseccomp.InitSeccomp(&p) // ends the process where it would ask for the program
+		_, err = libcontainerseccomp.InitSeccomp(&p) // ends the process where it would load the filter
 	}
 	fmt.Fprintln(os.Stderr, "no program came of the seccomp profile:", err)
 	os.Exit(1)

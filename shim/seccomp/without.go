@@ -23,6 +23,9 @@ func (*Cache) Run(ctx context.Context) { <-ctx.Done() }
 // Want does nothing.
 func (*Cache) Want(*configs.Seccomp) {}
 
+// Program has none.
+func (*Cache) Program(*configs.Seccomp) (program []byte, flags uint64, ok bool) { return nil, 0, false }
+
 // Compile says that it cannot.
 func Compile() {
 	fmt.Fprintln(os.Stderr, "built without the tag seccomp")

@@ -6,14 +6,21 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/filter.h>
+#include <linux/seccomp.h>
 #include <seccomp.h>
+#include <signal.h>
 #include <stdbool.h>
+#include <stddef.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <sys/prctl.h>
 #include <sys/stat.h>
+#include <sys/syscall.h>
+#include <ucontext.h>
 #include <unistd.h>
 
 #include "wrap.h"
@@ -164,9 +171,9 @@ static const uint8_t *find(uint32_t *len)
 	return NULL;
 }
 
-// capture sends record and program to the shim and ends this process: it was
-// started for this alone, and the filter must not be loaded into it.
-static void capture(scmp_filter_ctx ctx)
+// capture sends record and program to the shim and gives the program, as
+// libcontainer has still to change it.
+static int capture(scmp_filter_ctx ctx, int to)
 {
 	int fd = memfd_create("nodeagent-seccomp-program", MFD_CLOEXEC);
 	struct stat st;
@@ -177,7 +184,52 @@ static void capture(scmp_filter_ctx ctx)
 	if (p == MAP_FAILED || write_all(capture_fd, lens, sizeof(lens)) || write_all(capture_fd, rec.buf, rec.len) ||
 	    write_all(capture_fd, p, (size_t)st.st_size))
 		_exit(1);
-	_exit(0);
+	return write_all(to, p, (size_t)st.st_size);
+}
+
+// Where libcontainer loads the filter: it is sent to the shim, and this process,
+// which was started for that alone, ends.
+static void loading(int sig, siginfo_t *si, void *context)
+{
+	const ucontext_t *u = context;
+#if defined(__x86_64__)
+	uint64_t flags = (uint64_t)u->uc_mcontext.gregs[REG_RSI];
+	const struct sock_fprog *p = (const void *)u->uc_mcontext.gregs[REG_RDX];
+#elif defined(__aarch64__)
+	uint64_t flags = u->uc_mcontext.regs[1];
+	const struct sock_fprog *p = (const void *)u->uc_mcontext.regs[2];
+#else
+#error "wrap.c does not know this processor's registers"
+#endif
+	(void)sig;
+	if (si->si_syscall == SYS_prctl)
+		flags = 0; // the argument there is the mode
+	_exit(write_all(capture_fd, &flags, sizeof(flags)) || write_all(capture_fd, p->filter, p->len * sizeof(*p->filter)) ? 1 : 0);
+}
+
+// trap_loading makes the loading of a filter a signal in this thread. Calls
+// without a program, by which libseccomp probes the kernel, go on.
+static int trap_loading(void)
+{
+	struct sock_filter code[] = {
+		BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, nr)),
+		BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_seccomp, 0, 2),
+		BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, args[0])),
+		BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SECCOMP_SET_MODE_FILTER, 3, 7),
+		BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, SYS_prctl, 0, 6),
+		BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, args[0])),
+		BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, PR_SET_SECCOMP, 0, 4),
+		BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, args[2])),
+		BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, 0, 0, 3),
+		BPF_STMT(BPF_LD | BPF_W | BPF_ABS, offsetof(struct seccomp_data, args[2]) + 4),
+		BPF_JUMP(BPF_JMP | BPF_JEQ | BPF_K, 0, 0, 1),
+		BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_ALLOW),
+		BPF_STMT(BPF_RET | BPF_K, SECCOMP_RET_TRAP),
+	};
+	struct sock_fprog prog = { sizeof(code) / sizeof(*code), code };
+	struct sigaction act = { .sa_sigaction = loading, .sa_flags = SA_SIGINFO | SA_ONSTACK };
+
+	return sigaction(SIGSYS, &act, NULL) || prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0) || prctl(PR_SET_SECCOMP, SECCOMP_MODE_FILTER, &prog);
 }
 
 scmp_filter_ctx __wrap_seccomp_init(uint32_t def_action)
@@ -266,7 +318,7 @@ int __wrap_seccomp_export_bpf(const scmp_filter_ctx ctx, int fd)
 {
 	if (rec.ctx && ctx == rec.ctx) {
 		if (capture_fd >= 0)
-			capture(ctx);
+			return capture(ctx, fd);
 		uint32_t len;
 		const uint8_t *prog = find(&len);
 		if (prog)
@@ -291,6 +343,8 @@ int __wrap_seccomp_load(const scmp_filter_ctx ctx)
 void na_seccomp_capture(int fd)
 {
 	capture_fd = fd;
+	if (trap_loading())
+		_exit(1);
 }
 
 void na_seccomp_open_table(const char *path)

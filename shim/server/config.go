@@ -53,7 +53,7 @@ func (p *profiles) get(text []byte) (*configs.Seccomp, error) {
 // useSeccomp makes known that processes will start with a profile.
 func (s *Server) useSeccomp(p *configs.Seccomp) {
 	if p != nil && s.cfg.Seccomp != nil {
-		s.cfg.Seccomp(p)
+		s.cfg.Seccomp.Want(p)
 	}
 }
 

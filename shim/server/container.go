@@ -18,6 +18,7 @@ import (
 
 	"github.com/nodeagent/nodeagent/shim/api"
 	"github.com/nodeagent/nodeagent/shim/criolog"
+	"github.com/nodeagent/nodeagent/shim/join"
 	"github.com/nodeagent/nodeagent/shim/record"
 )
 
@@ -46,8 +47,9 @@ type container struct {
 	gone   chan struct{} // closed when the container is deleted
 	pumps  sync.WaitGroup
 	taps   taps
-	execs  atomic.Uint64 // names their cgroups
-	ended  atomic.Bool   // its end is seen, but not on disk yet
+	execs  atomic.Uint64               // names their cgroups
+	filter atomic.Pointer[join.Filter] // for execs, once it is compiled
+	ended  atomic.Bool                 // its end is seen, but not on disk yet
 
 	mu          sync.Mutex
 	exit        *record.Exit // set before exited is closed

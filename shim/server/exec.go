@@ -21,6 +21,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/nodeagent/nodeagent/shim/api"
+	"github.com/nodeagent/nodeagent/shim/join"
 )
 
 const (
@@ -93,18 +94,24 @@ func (s *Server) exec(c *container, lp *libcontainer.Process, group execGroup) (
 	}
 	s.quiet.Reset(quietTime)
 	e := &execution{c: c, group: group}
-	lp.SubCgroupPaths = group.sub
-	if err := c.lc.Start(lp); err != nil {
-		e.group.remove(c)
-		return nil, fmt.Errorf("exec in container %q: %w", c.id, startError(err))
+	e.pid, err = s.join(c, lp, group)
+	if errors.Is(err, join.ErrNotJoined) {
+		lp.SubCgroupPaths = group.sub
+		if err = c.lc.Start(lp); err == nil {
+			e.pid, err = lp.Pid()
+		}
+	} else if err != nil {
+		err = fmt.Errorf("unable to start container process: %w", err)
 	}
-	if e.pid, err = lp.Pid(); err == nil {
-		e.pidfd, err = openPidfd(e.pid)
+	if err == nil {
+		if e.pidfd, err = openPidfd(e.pid); err != nil {
+			_ = unix.Kill(e.pid, unix.SIGKILL)
+			reap(e.pid)
+		}
 	}
 	if err != nil {
-		_, _ = lp.Wait()
 		e.group.remove(c)
-		return nil, fmt.Errorf("exec in container %q: %w", c.id, err)
+		return nil, fmt.Errorf("exec in container %q: %w", c.id, startError(err))
 	}
 	return e, nil
 }

@@ -38,13 +38,14 @@ import (
 	"runtime/debug"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/containerd/errdefs"
-	"github.com/opencontainers/runc/libcontainer/configs"
-
+	"github.com/nodeagent/nodeagent/shim/join"
 	"github.com/nodeagent/nodeagent/shim/reaper"
 	"github.com/nodeagent/nodeagent/shim/record"
+	"github.com/nodeagent/nodeagent/shim/seccomp"
 )
 
 // quietTime without a start, exec or delete is when memory goes back to the
@@ -59,8 +60,8 @@ type Config struct {
 	Reaper   *reaper.Conn
 	Kept     map[string]int // descriptors that the reaper kept
 	Log      *slog.Logger
-	// Seccomp hears of every profile in use, nil for none; it does not wait.
-	Seccomp func(*configs.Seccomp)
+	Seccomp  *seccomp.Cache // hears of every profile in use; nil: none
+	Joiner   *join.Joiner   // starts execs; nil: libcontainer starts all
 }
 
 // Server is the shim's state.
@@ -71,6 +72,8 @@ type Server struct {
 	sessions sessions
 	oom      oomBook
 	quiet    *time.Timer // gives memory back; set again by all that takes some
+
+	cannotJoin atomic.Bool // the kernel is too old for Joiner
 
 	mu         sync.Mutex
 	containers map[string]*container

@@ -106,6 +106,7 @@ type watch struct {
 	group Group
 	ch    chan Event
 	kills uint64
+	empty bool        // v2: no process is in it; it may go any time, without an event
 	stop  func() bool // of the context's callback
 	fds   []int
 	ids   []int32 // of its sources
@@ -154,6 +155,9 @@ func (w *watcher) add(ctx context.Context, g Group, triggers []Trigger) (_ <-cha
 	}()
 	if err := w.watchOOM(x); err != nil {
 		return nil, err
+	}
+	if x.empty = x.group.empty(); x.empty {
+		w.loop.wakeUp()
 	}
 	for _, t := range triggers {
 		if err := w.watchPressure(x, t); err != nil {
@@ -237,8 +241,8 @@ func (w *watcher) watchOOM(x *watch) error {
 	if !x.group.v2 {
 		return w.eventControl(x, "memory.oom_control", "", nil)
 	}
-	// cgroup.events changes when the last process leaves: then it is seen that
-	// the group is gone, or soon will be.
+	// cgroup.events changes when the last process leaves. From then on it is
+	// looked whether the group is still there: its removal is no event.
 	for _, name := range []string{"memory.events", "cgroup.events"} {
 		wd, err := unix.InotifyAddWatch(w.loop.inotify, x.group.memory+"/"+name, unix.IN_MODIFY)
 		if err != nil {
@@ -387,17 +391,26 @@ func (w *watcher) drop(x *watch) {
 	}
 }
 
+// lookAgain is how often it is looked whether an empty group is still there.
+const lookAgain = time.Second
+
 // run waits until nothing is watched any more.
 func (w *watcher) run(l *loop) {
 	events := make([]unix.EpollEvent, 32)
-	for {
-		n, err := unix.EpollWait(l.epoll, events, -1)
+	for limit := -1; ; {
+		n, err := unix.EpollWait(l.epoll, events, limit)
 		if err != nil && !errors.Is(err, unix.EINTR) {
 			n = 0 // cannot be with our own descriptors; end if we may
 		}
 		w.mu.Lock()
 		for _, ev := range events[:max(n, 0)] {
 			w.handle(l, ev)
+		}
+		limit = -1
+		for _, x := range w.watches {
+			if x.empty && w.check(x, true) && x.empty {
+				limit = int(lookAgain.Milliseconds())
+			}
 		}
 		if len(w.watches) == 0 {
 			w.loop = nil
@@ -450,6 +463,7 @@ func (w *watcher) check(x *watch, quiet bool) bool {
 		x.kills = kills
 		x.send(Event{Kind: OOM, Time: time.Now(), Kills: kills})
 	}
+	x.empty = x.group.empty()
 	return true
 }
 

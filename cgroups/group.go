@@ -504,3 +504,15 @@ func (g Group) OOMKills() (uint64, error) {
 	}
 	return n, nil
 }
+
+// empty tells on v2 that no process is in the group or below.
+func (g Group) empty() bool {
+	if !g.v2 {
+		return false
+	}
+	r := readers.Get().(*reader)
+	defer readers.Put(r)
+	var populated uint64
+	err := r.keyed(g.memory, "cgroup.events", field{"populated", &populated})
+	return err == nil && populated == 0
+}

@@ -38,12 +38,16 @@ func pipe(t testing.TB, write bool) (ours, theirs *os.File) {
 
 func TestExecSyncTimeoutKillsAll(t *testing.T) {
 	n := newNode(t)
-	n.start(n.spec("c", "sleep", "1000"))
+	st := n.start(n.spec("c", "sleep", "1000"))
 	began := time.Now()
-	// A child, a grandchild that outlives its parent, and a daemon in its own
-	// session.
+	// A child, a grandchild that outlives its parent and, where execs have a
+	// group of their own (not on cgroup v2), a daemon in its own session.
+	script := "echo begin; sleep 777 & (sleep 778 &) ; "
+	if _, ok := st.CgroupPaths["freezer"]; ok {
+		script += "setsid sh -c '(sleep 779 &)' ; "
+	}
 	r, err := n.client.ExecSync(n.ctx(), "c", shim.ExecOptions{
-		Process: n.process("sh", "-c", "echo begin; sleep 777 & (sleep 778 &) ; setsid sh -c '(sleep 779 &)' ; sleep 780"),
+		Process: n.process("sh", "-c", script+"sleep 780"),
 		Timeout: 300 * time.Millisecond,
 	})
 	if err != nil || !r.TimedOut || string(r.Stdout) != "begin\n" {

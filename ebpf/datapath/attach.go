@@ -316,6 +316,21 @@ func (d *Datapath) clsact(a *Attached, ifindex int, hook flows.Hook, parent uint
 		return fmt.Errorf("add filter: %w", err)
 	}
 	a.filters = append(a.filters, f)
+	if _, err := os.Stat(filepath.Join(d.cfg.Dir, layoutV1)); d.cfg.Dir == "" || err != nil {
+		return nil
+	}
+	return dropFilter(ifindex, parent, priority)
+}
+
+// layoutV1 is the folder of the first layout, whose filters all had the
+// priority for a handle, of whatever instance they were.
+const layoutV1 = "v1"
+
+func dropFilter(ifindex int, parent, handle uint32) error {
+	f := &netlink.BpfFilter{FilterAttrs: netlink.FilterAttrs{LinkIndex: ifindex, Parent: parent, Handle: handle, Protocol: unix.ETH_P_ALL, Priority: priority}}
+	if err := netlink.FilterDel(f); err != nil && !noFilter(err) {
+		return fmt.Errorf("take filter %#x off interface %d: %w", handle, ifindex, err)
+	}
 	return nil
 }
 
@@ -342,13 +357,16 @@ func Clear(dir string) error {
 	if err != nil && !errors.Is(err, netlink.ErrDumpInterrupted) {
 		return fmt.Errorf("list interfaces: %w", err)
 	}
+	handles := []uint32{handle(dir)}
+	if _, err := os.Stat(filepath.Join(dir, layoutV1)); err == nil {
+		handles = append(handles, priority)
+	}
 	for _, l := range links {
 		for _, parent := range []uint32{netlink.HANDLE_MIN_INGRESS, netlink.HANDLE_MIN_EGRESS} {
-			f := &netlink.BpfFilter{FilterAttrs: netlink.FilterAttrs{
-				LinkIndex: l.Attrs().Index, Parent: parent, Handle: handle(dir), Protocol: unix.ETH_P_ALL, Priority: priority,
-			}}
-			if err := netlink.FilterDel(f); err != nil && !noFilter(err) {
-				return fmt.Errorf("take filter off %s: %w", l.Attrs().Name, err)
+			for _, h := range handles {
+				if err := dropFilter(l.Attrs().Index, parent, h); err != nil {
+					return err
+				}
 			}
 		}
 	}

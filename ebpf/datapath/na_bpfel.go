@@ -110,6 +110,23 @@ type naPeers6 struct {
 	Addr  [3][2]uint64
 }
 
+type naRecent struct {
+	_        structs.HostLayout
+	Counters [2][8]naCounter
+	Flows    [2][128]struct {
+		_    structs.HostLayout
+		Flow struct {
+			_  structs.HostLayout
+			V4 naCt4
+			_  [24]byte
+		}
+		V6     uint32
+		Passed uint32
+		Until  uint32
+		Pad    [3]uint32
+	}
+}
+
 type naState struct {
 	_      structs.HostLayout
 	Bank   uint32
@@ -145,6 +162,7 @@ const (
 	naMapPeers6       = "peers6"
 	naMapPorts        = "ports"
 	naMapProfiles     = "profiles"
+	naMapRecent       = "recent"
 	naMapRows         = "rows"
 	naMapState        = "state"
 	naMapWindows      = "windows"
@@ -237,6 +255,7 @@ type naMapSpecs struct {
 	Peers6     *ebpf.MapSpec `ebpf:"peers6"`
 	Ports      *ebpf.MapSpec `ebpf:"ports"`
 	Profiles   *ebpf.MapSpec `ebpf:"profiles"`
+	Recent     *ebpf.MapSpec `ebpf:"recent"`
 	Rows       *ebpf.MapSpec `ebpf:"rows"`
 	State      *ebpf.MapSpec `ebpf:"state"`
 	Windows    *ebpf.MapSpec `ebpf:"windows"`
@@ -293,6 +312,7 @@ type naMaps struct {
 	Peers6     *ebpf.Map `ebpf:"peers6"`
 	Ports      *ebpf.Map `ebpf:"ports"`
 	Profiles   *ebpf.Map `ebpf:"profiles"`
+	Recent     *ebpf.Map `ebpf:"recent"`
 	Rows       *ebpf.Map `ebpf:"rows"`
 	State      *ebpf.Map `ebpf:"state"`
 	Windows    *ebpf.Map `ebpf:"windows"`
@@ -317,6 +337,7 @@ func (m *naMaps) Close() error {
 		m.Peers6,
 		m.Ports,
 		m.Profiles,
+		m.Recent,
 		m.Rows,
 		m.State,
 		m.Windows,

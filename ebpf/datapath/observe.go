@@ -21,9 +21,16 @@ type Counter struct {
 
 type perCPU struct{ Packets, Bytes uint64 }
 
+// knownBy are the directions that recent of bpf/policy.bpf.c counts, by hook.
+var knownBy = map[flows.Hook]int{flows.ToPod: 0, flows.FromPod: 1}
+
 // Counters reads those that are not zero. It may be called from any goroutine.
 func (d *Datapath) Counters() ([]Counter, error) {
 	var out []Counter
+	var known []naRecent
+	if err := d.objs.Recent.Lookup(uint32(0), &known); err != nil {
+		return nil, fmt.Errorf("read counters of known flows: %w", err)
+	}
 	for key := range uint32(160) {
 		var values []perCPU
 		if err := d.objs.Counters.Lookup(key, &values); err != nil {
@@ -33,6 +40,12 @@ func (d *Datapath) Counters() ([]Counter, error) {
 		for _, v := range values {
 			c.Packets += v.Packets
 			c.Bytes += v.Bytes
+		}
+		if dir, ok := knownBy[c.Hook]; ok && int(c.Reason) < len(known[0].Counters[dir]) {
+			for _, k := range known {
+				c.Packets += k.Counters[dir][c.Reason].Packets
+				c.Bytes += k.Counters[dir][c.Reason].Bytes
+			}
 		}
 		if c.Packets > 0 {
 			out = append(out, c)

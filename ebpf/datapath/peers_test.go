@@ -93,6 +93,21 @@ func TestPeers(t *testing.T) {
 	t.Logf("at most %d addresses in the trie", most)
 }
 
+// packets is how many passed, of whatever hook and reason.
+func packets(t *testing.T, d *Datapath) (n uint64) {
+	t.Helper()
+	list, err := d.Counters()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, c := range list {
+		if !c.Reason.Drops() {
+			n += c.Packets
+		}
+	}
+	return n
+}
+
 // TestJudgedOnce: a flow's packets are judged once in a generation of the tables,
 // then known by conntrack; a change has them judged again; those whose verdict
 // depends on more than the flow are never known.
@@ -139,8 +154,14 @@ func TestJudgedOnce(t *testing.T) {
 			send("judged", p, true)
 		}
 		cut(policy.ProfileDeny)
-		for _, p := range both {
-			send("known", p, true)
+		before := packets(t, d)
+		for range 2 { // by conntrack, then by what is known of it
+			for _, p := range both {
+				send("known", p, true)
+			}
+		}
+		if n := packets(t, d) - before; n != 8 {
+			t.Errorf("%d packets of known flows were counted, want 8", n)
 		}
 		send("an opening", opened, false)
 		marked, hairpin := in, in

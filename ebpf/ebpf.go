@@ -88,6 +88,8 @@ type Engine struct {
 	drawnOf     int                       // of so many
 
 	enforced *prometheus.HistogramVec // by what changed, in seconds
+
+	loaded *datapath.Datapath // by Load, until Run has it
 }
 
 // call is work for Run's goroutine. done gets what came of it once it is in
@@ -139,18 +141,29 @@ func checkUplinks(patterns []string) error {
 	return errors.Join(errs...)
 }
 
-// Run loads the programs and enforces until ctx ends. What is attached stays.
-func (e *Engine) Run(ctx context.Context) error {
-	defer close(e.ended)
+// Load loads the programs, which tells whether this host can enforce. Run does it
+// unless it was done. Nothing is attached. Not beside Run.
+func (e *Engine) Load() (err error) {
+	if e.loaded != nil {
+		return nil
+	}
 	if err := datapath.Mount(e.cfg.BPFFS); err != nil {
 		return err
 	}
 	dcfg := e.cfg.Datapath
 	dcfg.Dir = filepath.Join(e.cfg.BPFFS, e.cfg.Name)
-	d, err := datapath.Open(dcfg)
-	if err != nil {
+	e.loaded, err = datapath.Open(dcfg)
+	return err
+}
+
+// Run loads the programs and enforces until ctx ends. What is attached stays.
+func (e *Engine) Run(ctx context.Context) error {
+	defer close(e.ended)
+	if err := e.Load(); err != nil {
 		return err
 	}
+	d := e.loaded
+	e.loaded = nil
 	s := newState(e.cfg, d, e.name)
 	ctx, cancel := context.WithCancel(ctx)
 	var wg sync.WaitGroup

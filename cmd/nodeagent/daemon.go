@@ -99,7 +99,7 @@ func (d *node) build(ctx context.Context) error {
 	if d.policy, err = newPolicy(cfg, log); err != nil {
 		return err
 	}
-	policed := newPolicedNetwork(d.policy, log)
+	policed := newPolicedNetwork(cfg, d.policy, log)
 	var beforeUp func(context.Context, string, int, []netip.Addr) error
 	if d.policy != nil {
 		beforeUp = policed.beforeUp

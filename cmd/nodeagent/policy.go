@@ -123,7 +123,7 @@ func newPolicyCommand(a *app) *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "policy",
 		Short: "See which policies are in force, why a flow passes, and what is dropped",
-		Long:  "Asks the running daemon, whose configuration has to say policy.mode: enforce.",
+		Long:  "Asks the running daemon, which has to enforce policy: policy.mode is not off, and the kernel can (nodeagent check).",
 	}
 	cmd.AddCommand(newPolicyListCommand(a), newPolicyWhyCommand(a), newPolicyFlowsCommand(a))
 	return cmd
@@ -341,7 +341,7 @@ func (a *app) askPolicy(ctx context.Context, what string, q url.Values, read fun
 	}
 	resp, err := transport.RoundTrip(req)
 	if err != nil {
-		return fmt.Errorf("ask the daemon about policy (does it run with policy.mode: enforce?): %w", err)
+		return fmt.Errorf("ask the daemon about policy (does it enforce? policy.mode, nodeagent check): %w", err)
 	}
 	defer resp.Body.Close()
 	if resp.StatusCode != http.StatusOK {

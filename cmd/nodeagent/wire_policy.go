@@ -23,20 +23,32 @@ import (
 	"k8s.io/client-go/tools/clientcmd"
 )
 
-// newPolicy builds the policy engine, nil when it is off. What an earlier
+// newPolicy builds the policy engine, nil when it is off or this host cannot. What an earlier
 // daemon left to enforce policy by itself goes then: its tables would grow old.
 func newPolicy(cfg config.Config, log *slog.Logger) (*ebpf.Engine, error) {
 	p := cfg.Policy
 	name := policyName(cfg)
-	if p.Mode != "enforce" {
+	if p.Mode == "off" {
 		return nil, ebpf.Clear(p.BPFFS, name)
 	}
-	return ebpf.New(ebpf.Config{
+	engine, err := ebpf.New(ebpf.Config{
 		BPFFS: p.BPFFS, Name: name, Uplinks: uplinkPatterns(cfg), Services: p.ServiceCIDRs, Audit: p.AuditNamespaces,
 		Source:   policySource(p, log),
 		Datapath: datapath.Config{Strict: p.Strict, KeepEstablished: p.KeepEstablished, XDP: p.XDP},
 		Log:      log,
 	})
+	if err != nil {
+		return nil, err
+	}
+	switch err := engine.Load(); {
+	case err == nil:
+		return engine, nil
+	case p.Mode == "auto":
+		log.Warn("network policy is not enforced: this host cannot (policy.mode is auto)", "err", err)
+		return nil, ebpf.Clear(p.BPFFS, name)
+	default:
+		return nil, fmt.Errorf("load the programs of network policy (policy.mode is enforce): %w", err)
+	}
 }
 
 // policyName marks what is pinned as this daemon's.
@@ -66,6 +78,7 @@ func policySource(p config.Policy, log *slog.Logger) ebpf.Source {
 type policedNetwork struct {
 	cri.Network
 	engine *ebpf.Engine
+	must   bool // a pod that cannot be kept silent until its policy is in force does not start
 	// builtin says whether Setup will use the built-in network, which calls beforeUp.
 	builtin func() bool
 	log     *slog.Logger
@@ -79,8 +92,8 @@ type startingPod struct {
 	policed bool
 }
 
-func newPolicedNetwork(engine *ebpf.Engine, log *slog.Logger) *policedNetwork {
-	return &policedNetwork{engine: engine, log: log, starting: map[string]*startingPod{}}
+func newPolicedNetwork(cfg config.Config, engine *ebpf.Engine, log *slog.Logger) *policedNetwork {
+	return &policedNetwork{engine: engine, must: cfg.Policy.Mode == "enforce", log: log, starting: map[string]*startingPod{}}
 }
 
 // beforeUp is the built-in network's hook.
@@ -115,7 +128,11 @@ func (n *policedNetwork) Setup(ctx context.Context, r cri.NetworkRequest) (cri.N
 	gated := !n.builtin()
 	if gated {
 		if err := gate.Close(r.Netns); err != nil {
-			return cri.NetworkResult{}, err
+			if n.must {
+				return cri.NetworkResult{}, err
+			}
+			n.log.Error("a pod may be reached before its policy is in force", "sandbox", r.SandboxID, "pod", r.PodNamespace+"/"+r.PodName, "err", err)
+			gated = false
 		}
 	}
 	res, err := n.Network.Setup(ctx, r)

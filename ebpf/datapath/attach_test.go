@@ -47,6 +47,9 @@ func TestSideBySide(t *testing.T) {
 	nic := int(ifs[0])
 	fs := bpffs(t)
 	for _, noTCX := range []bool{false, true} {
+		if _, err := link.QueryPrograms(link.QueryOptions{Target: nic, Attach: ciliumebpf.AttachTCXIngress}); err != nil && !noTCX {
+			continue // before 6.6
+		}
 		count := func() int {
 			if noTCX {
 				return len(filtersOn(t, nic))
@@ -61,9 +64,6 @@ func TestSideBySide(t *testing.T) {
 			if !noTCX { // of a process that died before it could pin it
 				dead := open(t, cfg)
 				stray, err := link.AttachTCX(link.TCXOptions{Interface: nic, Program: dead.objs.NaUplinkIn, Attach: ciliumebpf.AttachTCXIngress})
-				if errors.Is(err, ciliumebpf.ErrNotSupported) {
-					t.Skip("no tcx before 6.6")
-				}
 				if err != nil {
 					t.Fatal(err)
 				}

@@ -55,7 +55,7 @@ func setUpHost(t *testing.T, self, peer host) {
 	for _, c := range [][2]string{
 		{"podCIDRs: []", fmt.Sprintf("podCIDRs: [%s, %q]", self.pods4, self.pods6)},
 		{"masquerade: true", "masquerade: false"},
-		{"mode: \"off\"", "mode: enforce"}, {"mode: off", "mode: enforce"},
+		{"mode: auto", "mode: enforce"},
 	} {
 		text = strings.Replace(text, c[0], c[1], 1)
 	}

@@ -11,6 +11,8 @@ import (
 	"github.com/cilium/ebpf/asm"
 	"github.com/cilium/ebpf/link"
 	"golang.org/x/sys/unix"
+
+	"github.com/nodeagent/nodeagent/ebpf/datapath"
 )
 
 func bpfPrograms(Options) (string, error) {
@@ -19,6 +21,15 @@ func bpfPrograms(Options) (string, error) {
 		return "", err
 	}
 	return "traffic classifier loads", p.Close()
+}
+
+// networkPolicy loads the very programs, with small tables.
+func networkPolicy(Options) (string, error) {
+	d, err := datapath.Open(datapath.Config{Conntrack: 64, Peers: 64, RowBlocks: 2})
+	if err != nil {
+		return "", err
+	}
+	return "its programs load", d.Close()
 }
 
 // tcx attaches to an interface that does not exist: a kernel with tcx looks

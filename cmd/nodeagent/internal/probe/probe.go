@@ -96,6 +96,7 @@ func table() []probe {
 		{"eBPF", "programs", false, "network policy, devices of containers on cgroup v2", bpfPrograms},
 		{"eBPF", "tcx", false, "network policy attaches through older tc filters", tcx},
 		{"eBPF", "BTF", false, "programs that adapt to the kernel cannot be loaded", btf},
+		{"eBPF", "network policy", false, "network policy is not enforced", networkPolicy},
 		{"eBPF", "bpffs", false, "policy is not enforced while the daemon restarts", bpffs},
 
 		{"security", "seccomp", true, "system call filters of containers", seccomp},

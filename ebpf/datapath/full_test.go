@@ -3,11 +3,17 @@
 package datapath
 
 import (
+	"encoding/binary"
+	"errors"
 	"fmt"
 	"net/netip"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
+
+	ciliumebpf "github.com/cilium/ebpf"
 
 	"github.com/nodeagent/nodeagent/ebpf/flows"
 	"github.com/nodeagent/nodeagent/ebpf/frame"
@@ -309,6 +315,48 @@ func TestCollect(t *testing.T) {
 		t.Fatal(err)
 	}
 	walk(2, 2*dead+1) // one that has come to life since it was read is not deleted
+}
+
+// TestFlowsOfEarlierLayouts: whatever keys and values they have, flows are taken
+// over as they are, but judged anew.
+func TestFlowsOfEarlierLayouts(t *testing.T) {
+	inNamespace(t, 1)
+	dir := filepath.Join(bpffs(t), "na")
+	own, far := first, []netip.Addr{world, netip.MustParseAddr("2001:db8::9")}
+	old := oldValue{Last: 77, Flags: ctOut | ctReplied}
+	for name, keys := range map[string][2]any{
+		"v1": {oldKey4{5, own[0].As4(), far[0].As4(), 1, 443, 6}, oldKey6{5, own[1].As16(), far[1].As16(), 1, 443, 6}},
+		"v2": {ctKey4{5<<8 | 6, own[0].As4(), far[0].As4(), 2, 443}, ctKey6{5<<8 | 6, own[1].As16(), far[1].As16(), 2, 443}},
+		"v9": {ctKey4{5<<8 | 6, own[0].As4(), far[0].As4(), 9, 443}, ctKey6{5<<8 | 6, own[1].As16(), far[1].As16(), 9, 443}},
+	} {
+		var value any = old
+		if name == "v9" {
+			value = ctValue{Last: old.Last, Flags: old.Flags, Passed: [2]uint32{8, 9}}
+		}
+		for i, key := range keys {
+			m, err := ciliumebpf.NewMap(&ciliumebpf.MapSpec{Type: ciliumebpf.LRUHash, KeySize: uint32(binary.Size(key)), ValueSize: uint32(binary.Size(value)), MaxEntries: 64})
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer m.Close()
+			ct := filepath.Join(dir, name, "ct")
+			if err := errors.Join(m.Put(key, value), os.MkdirAll(ct, 0o700), m.Pin(filepath.Join(ct, []string{"ct4", "ct6"}[i]))); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	d := open(t, Config{Dir: dir, Conntrack: 1024, RowBlocks: 64})
+	if err := d.inherit(); err != nil {
+		t.Fatal(err)
+	}
+	for _, port := range []uint16{1, 2, 9} {
+		var four, six ctValue
+		err := errors.Join(d.objs.Ct4.Lookup(ctKey4{5<<8 | 6, own[0].As4(), far[0].As4(), port, 443}, &four),
+			d.objs.Ct6.Lookup(ctKey6{5<<8 | 6, own[1].As16(), far[1].As16(), port, 443}, &six))
+		if want := (ctValue{Last: old.Last, Flags: old.Flags}); err != nil || four != want || six != want {
+			t.Errorf("the flow of port %d is %+v and %+v, want %+v: %v", port, four, six, want, err)
+		}
+	}
 }
 
 // TestSeed: flows from before are judged by who opened them, though their ports

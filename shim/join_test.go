@@ -276,3 +276,53 @@ func TestJoinIsLibcontainer(t *testing.T) {
 		t.Errorf("not joined:\n%s", log)
 	}
 }
+
+// A shim that dies while a process joins takes it along: held up in a frozen
+// container it has not become anything yet.
+func TestKillShimWhileJoining(t *testing.T) {
+	n := newNode(t)
+	st := n.start(n.spec("c", "sleep", "1000"))
+	group, ok := st.CgroupPaths["freezer"]
+	if !ok {
+		t.Skip("needs the freezer of cgroup v1")
+	}
+	set := func(state string) {
+		if err := os.WriteFile(filepath.Join(group, "freezer.state"), []byte(state), 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	set("FROZEN")
+	done := make(chan error)
+	go func() {
+		_, err := n.client.ExecSync(n.ctx(), "c", shim.ExecOptions{Process: n.process("sleep", "1001")})
+		done <- err
+	}()
+	eventually(t, time.Minute, func() string {
+		if procs, _ := filepath.Glob(group + "/exec-*/cgroup.procs"); len(procs) == 1 {
+			if b, _ := os.ReadFile(procs[0]); len(b) > 0 {
+				return ""
+			}
+		}
+		return "no process joins"
+	})
+	n.killShim()
+	if err := <-done; err == nil {
+		t.Error("the exec succeeded")
+	}
+	set("THAWED")
+	eventually(t, time.Minute, func() string {
+		b, _ := os.ReadFile(filepath.Join(group, "cgroup.procs"))
+		left, _ := filepath.Glob(group + "/exec-*/cgroup.procs")
+		for _, f := range left {
+			more, _ := os.ReadFile(f)
+			b = append(b, more...)
+		}
+		if all := strings.Fields(string(b)); len(all) != 1 {
+			return fmt.Sprintf("processes %q", all)
+		}
+		return ""
+	})
+	if r, err := n.client.ExecSync(n.ctx(), "c", shim.ExecOptions{Process: n.process("true")}); err != nil || r.Code != 0 {
+		t.Errorf("exec under the next shim: %+v, %v", r, err)
+	}
+}

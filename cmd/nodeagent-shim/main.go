@@ -9,7 +9,7 @@
 //	seccomp-compile           compiles one seccomp profile and ends (shim/seccomp)
 //
 // The daemon starts the first, which starts the second. Keep its imports few:
-// every container and every exec starts through this binary.
+// every container starts through this binary.
 package main
 
 import (

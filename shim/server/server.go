@@ -4,7 +4,7 @@
 // every container. It starts containers through libcontainer, moves their
 // output into their logs, records how they end, and serves exec and attach. It
 // knows nothing of images, networks, gRPC or Kubernetes, and must stay small:
-// libcontainer starts each container and each exec through this same binary.
+// libcontainer starts each container through this same binary (execs: join.go).
 //
 // cmd/nodeagent-shim runs it; the daemon reaches it through package shim.
 //

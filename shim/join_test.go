@@ -208,8 +208,10 @@ func (n *node) outcome(id string, p *specs.Process) string {
 	_ = s.Close()
 	all := fmt.Sprintf("code %d, %v\n%s--\n%s", code, err, text, problem)
 	lines := strings.Split(pipeName.ReplaceAllString(execGroupName.ReplaceAllString(all, "/exec"), "$1"), "\n")
-	slices.Sort(lines) // keys come in the order of random numbers
-	return strings.Join(lines, "\n")
+	// Keys come in the order of random numbers, and those of processes that
+	// have ended stay for a while.
+	slices.Sort(lines)
+	return strings.Join(slices.Compact(lines), "\n")
 }
 
 // difference shows the lines that only one of them has.

@@ -19,6 +19,11 @@
 // which runs libcontainer's own code up to the point of loading: nothing that
 // has been near a container can write to the table.
 //
+// Execs that start without libcontainer (shim/join) need the program that it
+// would load: the sacrificial process goes on to that system call, which a
+// filter of its own turns into a signal, and sends what was to be loaded
+// (Cache.Program).
+//
 // Called by cmd/nodeagent-shim and shim/server. Cache has one goroutine, while
 // a profile is being compiled. Without the build tag seccomp all of it is
 // empty.

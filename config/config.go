@@ -100,7 +100,7 @@ type Network struct {
 
 // Policy configures how NetworkPolicy is enforced.
 type Policy struct {
-	Mode            string         `yaml:"mode" allowed:"auto,enforce,off" doc:"enforce: no pod starts before its policy is in force, and no daemon where that cannot be. auto: so where the kernel can, else the log says why not. off: nothing is loaded, and what an earlier daemon left in force is removed."`
+	Mode            string         `yaml:"mode" allowed:"auto,enforce,off" doc:"enforce: no pod starts before its policy is in force, and no daemon where that cannot be. auto: so if kubeconfig is given or dir exists, and the kernel can; else the log says why not. off: nothing is loaded, and what an earlier daemon left in force is removed."`
 	Kubeconfig      string         `yaml:"kubeconfig" doc:"Kubeconfig of the API server whose pods, namespaces and networkpolicies are watched. Empty: what is in dir counts. It may be written after the start."`
 	Dir             string         `yaml:"dir" doc:"Directory with NetworkPolicies, Namespaces and Pods (labels, named ports) as YAML; watched, unless kubeconfig is given."`
 	BPFFS           string         `yaml:"bpffs" doc:"BPF filesystem for what has to survive the daemon; mounted there if it is not."`

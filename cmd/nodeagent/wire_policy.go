@@ -4,9 +4,11 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/netip"
+	"os"
 	"path/filepath"
 	"sync"
 	"time"
@@ -23,12 +25,17 @@ import (
 	"k8s.io/client-go/tools/clientcmd"
 )
 
-// newPolicy builds the policy engine, nil when it is off or this host cannot. What an earlier
-// daemon left to enforce policy by itself goes then: its tables would grow old.
+// newPolicy builds the policy engine, nil when it is off, there is no place that
+// policies could come from, or this host cannot. What an earlier daemon left to
+// enforce policy by itself goes then: its tables would grow old.
 func newPolicy(cfg config.Config, log *slog.Logger) (*ebpf.Engine, error) {
 	p := cfg.Policy
 	name := policyName(cfg)
 	if p.Mode == "off" {
+		return nil, ebpf.Clear(p.BPFFS, name)
+	}
+	if p.Mode == "auto" && !hasPolicies(p) {
+		log.Info("no network policy: policy.kubeconfig is not set and policy.dir does not exist (make it and restart)", "dir", p.Dir)
 		return nil, ebpf.Clear(p.BPFFS, name)
 	}
 	engine, err := ebpf.New(ebpf.Config{
@@ -49,6 +56,15 @@ func newPolicy(cfg config.Config, log *slog.Logger) (*ebpf.Engine, error) {
 	default:
 		return nil, fmt.Errorf("load the programs of network policy (policy.mode is enforce): %w", err)
 	}
+}
+
+// hasPolicies says whether policies could come from anywhere.
+func hasPolicies(p config.Policy) bool {
+	if p.Kubeconfig != "" {
+		return true
+	}
+	_, err := os.Stat(p.Dir)
+	return !errors.Is(err, fs.ErrNotExist)
 }
 
 // policyName marks what is pinned as this daemon's.

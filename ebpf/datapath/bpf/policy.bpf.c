@@ -655,9 +655,13 @@ static __always_inline __u32 ct_seconds(__u32 flags, __u32 proto)
 	return 600;
 }
 
+/* ct_dead reads the time after what another CPU may set to it meanwhile: the other
+ * way round a live flow would look older than anything. */
 static __always_inline bool ct_dead(struct ct_value *v, __u32 proto)
 {
-	return (__u32)bpf_jiffies64() - v->last > ct_seconds(v->flags, proto) * cfg_hz;
+	__u32 last = READ_ONCE(v->last);
+
+	return (__u32)bpf_jiffies64() - last > ct_seconds(v->flags, proto) * cfg_hz;
 }
 
 static __always_inline struct ct_value *ct_alive(union flow *f, bool v6)

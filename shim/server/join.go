@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 
 	"github.com/moby/sys/capability"
 	"github.com/opencontainers/cgroups"
@@ -132,15 +133,20 @@ func joinProcess(cfg *configs.Config, lp *libcontainer.Process) (*join.Process, 
 	return p, nil
 }
 
+// capBits are the capabilities that the kernel knows, by their names in a spec.
+var capBits = sync.OnceValue(func() map[string]uint64 {
+	bits := map[string]uint64{}
+	supported, _ := capability.ListSupported()
+	for _, c := range supported {
+		bits["CAP_"+strings.ToUpper(c.String())] = 1 << c
+	}
+	return bits
+})
+
 // capMask ignores what the kernel does not know, as libcontainer does.
 func capMask(names []string) (mask uint64) {
-	supported, _ := capability.ListSupported()
 	for _, name := range names {
-		for _, c := range supported {
-			if name == "CAP_"+strings.ToUpper(c.String()) {
-				mask |= 1 << c
-			}
-		}
+		mask |= capBits()[name]
 	}
 	return mask
 }
